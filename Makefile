@@ -1,0 +1,39 @@
+# Everything sets itself up: a virtual environment in .venv, with tested versions.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint format setup clean
+
+demo: $(STAMP)  ## teacher, few-step students, report: runs/demo/report.html
+	$(BIN)/fewstep demo
+
+test: $(STAMP) lint  ## lint, types, import directions, tests
+	$(BIN)/pytest -m "not slow" --durations=10
+
+test-slow: $(STAMP)  ## end-to-end checks that take minutes
+	$(BIN)/pytest -m slow --durations=0
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "fewstep needs Python 3.11 or newer; set PYTHON=/path/to/it."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(abspath $(VENV)) $(BIN)/uv pip install --constraint constraints.txt --editable . --group dev
+	@touch $(STAMP)
+
+clean:
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,9 @@
+"""Callbacks; they know a method only by ``sample`` and ``decode`` and so work with all of them."""
+
+from callbacks.checkpoints import Checkpoints
+from callbacks.console import Progress
+from callbacks.evaluation import Evaluation
+from callbacks.samples import Samples
+from callbacks.throughput import Throughput
+
+__all__ = ["Checkpoints", "Evaluation", "Progress", "Samples", "Throughput"]

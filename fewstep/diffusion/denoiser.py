@@ -1,0 +1,150 @@
+"""A backbone together with the schedule and prediction type that give its output a meaning."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.diffusion.prediction import Prediction, PredictionType, to_prediction
+from fewstep.diffusion.schedules import Schedule
+from fewstep.diffusion.tables import expand_to, work_dtype
+from fewstep.spec import Spec, build, describe
+
+Cond = Mapping[str, Tensor]
+
+
+class Backbone(nn.Module):
+    """A network behind one face: ``forward(x_t, t, **cond)`` returns an output shaped like ``x_t``.
+
+    Attributes:
+        config: plain constructor arguments (see :mod:`fewstep.spec`).
+        sample_shape: shape of one sample, ``(C, H, W)``, ``(C, F, H, W)`` or ``(D,)``.
+        feature_blocks: names of the sub-modules whose outputs serve a discriminator, with the
+            number of channels of each.
+        guidance_input: name of the conditioning that takes a guidance-scale embedding, if any.
+    """
+
+    config: dict[str, Any]
+    sample_shape: tuple[int, ...]
+    guidance_input: str | None = None
+
+    @property
+    def feature_blocks(self) -> dict[str, int]:
+        return {}
+
+    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
+        """The unconditional counterpart of ``cond``, of the same shapes."""
+        raise NotImplementedError(
+            f"{type(self).__name__} is unconditional: it has no null condition."
+        )
+
+
+class DenoiserLike(Protocol):
+    """What samplers and solvers need: a network or a closed form that predicts ``(x0, eps)``."""
+
+    schedule: Schedule
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction: ...
+
+
+class Denoiser(nn.Module):
+    """Predicts ``(x0, eps)`` in float32 from a noisy sample.
+
+    Args:
+        backbone: the network.
+        schedule: noise schedule the network was trained with.
+        prediction_type: what the network outputs.
+        alpha_floor: see :func:`fewstep.diffusion.prediction.to_prediction`; 0 is off.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        schedule: Schedule,
+        prediction_type: PredictionType,
+        alpha_floor: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.schedule = schedule
+        self.prediction_type: PredictionType = prediction_type
+        self.alpha_floor = alpha_floor
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one sample, without the batch dimension."""
+        return self.backbone.sample_shape
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """The network's own output in the working precision, ``(B, ...)``."""
+        output: Tensor = self.backbone(x_t, t.to(work_dtype(x_t)), **(cond or {}))
+        return output.to(work_dtype(x_t))
+
+    def interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
+        """Reads a raw output as ``(x0, eps)``."""
+        alpha, sigma = self.schedule.levels(t, x_t)
+        x_t = x_t.to(work_dtype(x_t))
+        return to_prediction(output, x_t, alpha, sigma, self.prediction_type, self.alpha_floor)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
+        """One network evaluation.
+
+        Args:
+            x_t: noisy samples ``(B, ...)``.
+            t: times ``(B,)``.
+            cond: conditioning under the backbone's own argument names, each ``(B, ...)``.
+        """
+        return self.interpret(self.raw(x_t, t, cond), x_t, t)
+
+    def guided(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None, guidance_scale: float | Tensor
+    ) -> Prediction:
+        """Classifier-free guidance in one batched pass (Ho & Salimans 2022).
+
+        Args:
+            guidance_scale: the usual scale ``g`` in ``uncond + g (cond - uncond)``, a number or
+                ``(B,)``. 1 is off and costs a single evaluation. (The LCM and PCM papers' ``w`` is
+                ``g - 1``.)
+        """
+        if cond is None or (not isinstance(guidance_scale, Tensor) and guidance_scale == 1):
+            return self(x_t, t, cond)
+        null = self.backbone.null_cond(cond)
+        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
+        output = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        conditional, unconditional = output.chunk(2)
+        if isinstance(guidance_scale, Tensor):
+            guidance_scale = expand_to(guidance_scale.to(output.dtype), output)
+        return self.interpret(
+            unconditional + guidance_scale * (conditional - unconditional), x_t, t
+        )
+
+    def to_spec(self) -> Spec:
+        """A plain description that :meth:`from_spec` rebuilds (without weights)."""
+        return {
+            "backbone": describe(self.backbone),
+            "schedule": describe(self.schedule),
+            "prediction_type": self.prediction_type,
+            "alpha_floor": self.alpha_floor,
+        }
+
+    @classmethod
+    def from_spec(cls, spec: Spec) -> Denoiser:
+        """Builds an untrained denoiser of the same architecture and schedule."""
+        backbone: Backbone = build(spec["backbone"], Backbone)
+        schedule: Schedule = build(spec["schedule"], Schedule)  # type: ignore[type-abstract]
+        return cls(backbone, schedule, spec["prediction_type"], spec["alpha_floor"])
+
+
+class Guided:
+    """A denoiser with a fixed guidance scale, for samplers."""
+
+    def __init__(self, denoiser: Denoiser, guidance_scale: float) -> None:
+        self.denoiser = denoiser
+        self.schedule = denoiser.schedule
+        self.guidance_scale = guidance_scale
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
+        return self.denoiser.guided(x_t, t, cond, self.guidance_scale)

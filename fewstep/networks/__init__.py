@@ -1,0 +1,19 @@
+"""Backbones behind one face, discriminators, weight averaging and the loading of trained ones."""
+
+from fewstep.networks.discriminator import FeatureDiscriminator
+from fewstep.networks.dit import DiT
+from fewstep.networks.ema import ema_update, warmed_up_decay
+from fewstep.networks.loading import LoadedDenoiser, find_checkpoint, load_denoiser
+from fewstep.networks.mixture import RingMixture, ring
+
+__all__ = [
+    "DiT",
+    "FeatureDiscriminator",
+    "LoadedDenoiser",
+    "RingMixture",
+    "ema_update",
+    "find_checkpoint",
+    "load_denoiser",
+    "ring",
+    "warmed_up_decay",
+]

@@ -1,0 +1,87 @@
+"""Class-conditional diffusion transformer: diffusers' own DiT behind the Backbone face."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import DiTTransformer2DModel
+from torch import Tensor, nn
+
+from fewstep.diffusion.denoiser import Backbone, Cond
+
+
+class DiT(Backbone):
+    """``diffusers.DiTTransformer2DModel`` for class-conditional images ``(B, C, H, W)``.
+
+    Initialised as the DiT paper does (Peebles & Xie 2023): modulation and output start at zero.
+    diffusers' label embedding drops labels at random in train mode, in each block on its own; that
+    is switched off here, and class dropout is the training step's business.
+
+    Args:
+        sample_size: height and width of a sample.
+        channels: channels of a sample.
+        patch_size: side of a patch; a sample becomes ``(sample_size / patch_size)^2`` tokens.
+        num_layers: number of transformer blocks.
+        num_heads: attention heads a block.
+        head_dim: channels a head.
+        num_classes: class labels run from 0; the label ``num_classes`` means "no class".
+    """
+
+    def __init__(
+        self,
+        sample_size: int,
+        channels: int,
+        patch_size: int = 2,
+        num_layers: int = 4,
+        num_heads: int = 4,
+        head_dim: int = 24,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.config = {
+            "sample_size": sample_size,
+            "channels": channels,
+            "patch_size": patch_size,
+            "num_layers": num_layers,
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "num_classes": num_classes,
+        }
+        self.sample_shape = (channels, sample_size, sample_size)
+        self.num_classes = num_classes
+        self.transformer = DiTTransformer2DModel(
+            num_attention_heads=num_heads,
+            attention_head_dim=head_dim,
+            in_channels=channels,
+            out_channels=channels,
+            num_layers=num_layers,
+            sample_size=sample_size,
+            patch_size=patch_size,
+            num_embeds_ada_norm=num_classes,
+        )
+        for block in self.transformer.transformer_blocks:
+            block.norm1.emb.class_embedder.dropout_prob = 0.0
+            _zero(block.norm1.linear)
+        _zero(self.transformer.proj_out_1)
+        _zero(self.transformer.proj_out_2)
+
+    @property
+    def feature_blocks(self) -> dict[str, int]:
+        width = self.config["num_heads"] * self.config["head_dim"]
+        return {
+            f"transformer.transformer_blocks.{i}": width for i in range(self.config["num_layers"])
+        }
+
+    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
+        return {"class_labels": torch.full_like(cond["class_labels"], self.num_classes)}
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        """Args: ``x_t (B, C, H, W)``, ``t (B,)``, ``class_labels (B,)`` integers."""
+        output: Tensor = self.transformer(
+            x_t, timestep=t, class_labels=class_labels, return_dict=False
+        )[0]
+        return output
+
+
+def _zero(linear: nn.Linear) -> None:
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)

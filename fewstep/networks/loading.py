@@ -1,0 +1,108 @@
+"""Finding and reading trained denoisers."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fewstep.diffusion.denoiser import Denoiser
+from fewstep.errors import FewstepError
+
+METADATA_KEY = "fewstep"
+
+
+@dataclass(frozen=True)
+class LoadedDenoiser:
+    """A denoiser read from a checkpoint, and where it came from."""
+
+    denoiser: Denoiser
+    source: str
+    sha256: str
+    role: str
+
+
+def find_checkpoint(where: str | Path) -> Path:
+    """Resolves a checkpoint file, a run's folder or an experiment's folder to a checkpoint file.
+
+    Of an experiment's folder the newest run is taken, of a run its ``last.ckpt``.
+
+    Raises:
+        FewstepError: if there is none.
+    """
+    path = Path(where)
+    if path.is_file():
+        return path
+    runs = [path, *sorted(path.glob("version_*"), key=_version, reverse=True)]
+    for run in runs:
+        last = run / "checkpoints" / "last.ckpt"
+        if last.is_file():
+            return last
+    raise FewstepError(
+        f"No checkpoint at '{path}': neither a file nor a run folder with checkpoints/last.ckpt. "
+        + _how_to_train(path)
+    )
+
+
+def _version(path: Path) -> int:
+    suffix = path.name.removeprefix("version_")
+    return int(suffix) if suffix.isdigit() else -1
+
+
+def _how_to_train(path: Path) -> str:
+    if path.parts and path.parts[0] == "runs":
+        name = "/".join(part for part in path.parts[1:] if not part.startswith("version_"))
+        return f"Train it first: fewstep fit -c experiments/{name}.yaml"
+    return "Give the path of a .ckpt file or of a run's folder."
+
+
+def read_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Reads a checkpoint of ours without unpickling code.
+
+    Raises:
+        FewstepError: if the file is missing, damaged, unsafe or not a fewstep checkpoint.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise FewstepError(
+            f"Cannot read '{path}' as a checkpoint: it is missing, truncated or holds more than "
+            f"plain tensors ({reason})."
+        ) from error
+    if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
+        raise FewstepError(
+            f"'{path}' is not a fewstep checkpoint (it has no '{METADATA_KEY}' entry)."
+        )
+    return checkpoint
+
+
+def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
+    """Rebuilds the trained denoiser a checkpoint holds, frozen and in eval mode.
+
+    Args:
+        where: see :func:`find_checkpoint`.
+        role: whose weights to take; ``ema`` falls back to ``student`` in runs without EMA.
+    """
+    path = find_checkpoint(where)
+    checkpoint = read_checkpoint(path)
+    metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
+    if role == "ema" and not any(name.startswith("ema.") for name in state):
+        role = "student"
+    weights = {
+        name.removeprefix(f"{role}."): value
+        for name, value in state.items()
+        if name.startswith(f"{role}.")
+    }
+    if not weights:
+        raise FewstepError(f"'{path}' holds no weights of a role named '{role}'.")
+    denoiser = Denoiser.from_spec(metadata["denoiser"])
+    denoiser.load_state_dict(weights)
+    denoiser.requires_grad_(False).eval()
+    with path.open("rb") as file:
+        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    return LoadedDenoiser(denoiser, str(path), sha256, role)

@@ -1,0 +1,53 @@
+"""Plain descriptions of networks and schedules, so that a checkpoint says how to rebuild them.
+
+A description is ``{"class_path": ..., "init_args": {...}}`` with plain values only, the same form
+an experiment YAML uses; it survives ``torch.load(weights_only=True)``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol, TypeVar
+
+from fewstep.errors import FewstepError
+
+T = TypeVar("T")
+Spec = dict[str, Any]
+
+
+class Describable(Protocol):
+    """Anything that keeps the plain arguments it was built from."""
+
+    config: dict[str, Any]
+
+
+def describe(thing: Describable) -> Spec:
+    """Returns the description from which :func:`build` makes an equal object."""
+    cls = type(thing)
+    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(thing.config)}
+
+
+def build(spec: Spec, expected: type[T]) -> T:
+    """Builds what ``spec`` describes.
+
+    The class is checked *before* it is called: a checkpoint can name only subclasses of
+    ``expected``, never an arbitrary callable.
+
+    Raises:
+        FewstepError: if the class cannot be found or is not an ``expected``.
+    """
+    module_name, _, name = spec["class_path"].rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise FewstepError(
+            f"The checkpoint needs the class '{spec['class_path']}', which cannot be imported "
+            f"({error}). Install the package or check out the version that defines it."
+        ) from error
+    if not (isinstance(cls, type) and issubclass(cls, expected)):
+        raise FewstepError(
+            f"The checkpoint names '{spec['class_path']}' where a {expected.__name__} belongs; "
+            "it was not written by fewstep or has been altered."
+        )
+    built: T = cls(**spec["init_args"])
+    return built

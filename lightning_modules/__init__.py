@@ -1,0 +1,13 @@
+"""One file a method: LightningModules with their roles and their training step."""
+
+from lightning_modules.base import FewStepModule
+from lightning_modules.consistency_distillation import ConsistencyDistillation
+from lightning_modules.diffusion_training import DiffusionTraining
+from lightning_modules.phased_consistency_distillation import PhasedConsistencyDistillation
+
+__all__ = [
+    "ConsistencyDistillation",
+    "DiffusionTraining",
+    "FewStepModule",
+    "PhasedConsistencyDistillation",
+]

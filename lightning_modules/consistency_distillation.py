@@ -1,0 +1,227 @@
+"""Consistency distillation (CM, LCM): one network that jumps to the trajectory's end.
+
+Song et al. 2023 (consistency models), Luo et al. 2023 (latent consistency models); the baseline of
+Phased Consistency Models. Also the common ground of its successor in
+:mod:`lightning_modules.phased_consistency_distillation`, of which it is the case of one phase.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from fewstep.contracts import Batch
+from fewstep.diffusion import (
+    Cond,
+    Denoiser,
+    DenoiserLike,
+    PhaseSchedule,
+    Prediction,
+    TimeGrid,
+    consistency_sample,
+)
+from fewstep.diffusion.consistency import guidance_embedding, lcm_output
+from fewstep.diffusion.losses import DistanceName, distance
+from fewstep.diffusion.tables import expand_to
+from fewstep.errors import FewstepError
+from lightning_modules.base import FewStepModule
+from lightning_modules.conditioning import drop_cond
+from lightning_modules.optimisation import Draws
+from lightning_modules.roles import Evaluations, TeacherSource, Update, load_teacher
+
+
+@dataclass(frozen=True)
+class ConsistencyDraws(Draws):
+    """Randomness of one step.
+
+    ``index (B,)`` on the grid, ``noise (B, ...)``, guidance scale ``(B,)``, dropped conditions
+    ``(B,)``.
+    """
+
+    index: Tensor
+    noise: Tensor
+    guidance: Tensor
+    dropped: Tensor
+
+
+class Pair(NamedTuple):
+    """The student's jump and the target it must match, at edge ``s (B,)`` of the same phase."""
+
+    student: Tensor
+    target: Tensor
+    s: Tensor
+    cond: dict[str, Tensor]
+
+
+class ConsistencyDistillation(FewStepModule):
+    """CM and LCM distillation.
+
+    Args:
+        teacher: a checkpoint, run or experiment folder, or a factory of a denoiser.
+        num_grid_points: solver grid points ``N``; the released LCM and PCM use 50 for SD1.5.
+        guidance_range: interval of the guidance scale in the teacher's solver, drawn for each
+            sample (the papers' ``w`` plus one); null uses no guidance there.
+        cond_dropout: share of samples distilled without their condition.
+        target_network: ``student`` (stop-gradient) or ``ema``.
+        loss: ``huber`` (pseudo-Huber) or ``l2``.
+        huber_c: constant of the pseudo-Huber distance.
+        boundary: ``jump`` maps along the predicted line to the trajectory's end; ``lcm`` uses
+            LCM's ``c_skip`` and ``c_out``.
+        guidance_embedding: tell the student which guidance scale its target used (LCM's
+            w-embedding); needs a backbone with such an input.
+        base: options of :class:`~lightning_modules.base.FewStepModule`.
+    """
+
+    frozen_roles: ClassVar[tuple[str, ...]] = ("teacher",)
+    teacher: Denoiser
+
+    def __init__(
+        self,
+        teacher: TeacherSource,
+        num_grid_points: int = 50,
+        guidance_range: tuple[float, float] | None = None,
+        cond_dropout: float = 0.0,
+        target_network: Literal["student", "ema"] = "student",
+        loss: DistanceName = "huber",
+        huber_c: float = 1e-3,
+        boundary: Literal["jump", "lcm"] = "jump",
+        guidance_embedding: bool = False,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        self.teacher_source = teacher
+        self.num_grid_points = num_grid_points
+        self.guidance_range = guidance_range
+        self.cond_dropout = cond_dropout
+        self.target_network = target_network
+        self.distance = distance(loss, huber_c)
+        self.boundary = boundary
+        self.embed_guidance = guidance_embedding
+        self.num_phases = 1
+        if target_network == "ema" and self.ema_decay is None:
+            raise FewstepError("target_network: ema needs an ema_decay (LCM uses 0.95).")
+
+    def build_roles(self) -> None:
+        self.teacher, self.provenance["teacher"] = load_teacher(self.teacher_source)
+        self.student = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.schedule = self.teacher.schedule
+        grid = TimeGrid.uniform(self.schedule, self.num_grid_points)
+        self.phases = PhaseSchedule(grid, self.num_phases)
+        if self.embed_guidance and self.student.backbone.guidance_input is None:
+            raise FewstepError(
+                f"{type(self.student.backbone).__name__} takes no guidance embedding; "
+                "set guidance_embedding: false."
+            )
+
+    # ------------------------------------------------------------------ the step
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> ConsistencyDraws:
+        x0, device = batch["sample"], generator.device
+        size = len(x0)
+        low, high = self.guidance_range or (1.0, 1.0)
+        uniform = torch.rand(size, generator=generator, device=device)
+        return ConsistencyDraws(
+            index=torch.randint(len(self.phases.grid), (size,), generator=generator, device=device),
+            noise=torch.randn(x0.shape, generator=generator, device=device),
+            guidance=low + (high - low) * uniform,
+            dropped=torch.rand(size, generator=generator, device=device) < self.cond_dropout,
+        )
+
+    def pair(self, batch: Batch, draws: ConsistencyDraws) -> Pair:
+        """The student's jump from ``t_{n+1}`` and, from the teacher's step to ``t_n``, its target.
+
+        Both end at the edge of the phase that ``t_{n+1}`` lies in (PCM, eq. 5); for one phase that
+        is the trajectory's end.
+        """
+        index, x0 = draws.index, batch["sample"]
+        t = self.phases.grid.times.on(index.device)[index]
+        previous = self.phases.grid.previous.on(index.device)[index]
+        s = self.phases.edge_of.on(index.device)[index]
+        cond = drop_cond(self.student.backbone, batch["cond"], draws.dropped)
+        student_cond = self._with_guidance(cond, draws.guidance)
+        x_t = self.schedule.add_noise(x0, draws.noise, t)
+
+        with torch.no_grad():
+            guidance = 1.0 if self.guidance_range is None else draws.guidance
+            solved = self.teacher.guided(x_t, t, cond, guidance)
+            x_previous = self.schedule.jump(solved, previous)
+            target = self.consistency(self._target(), x_previous, previous, s, student_cond)
+            # Already at the edge: there is nothing left to jump.
+            target = torch.where(expand_to(previous == s, target), x_previous, target)
+        return Pair(self.consistency(self.student, x_t, t, s, student_cond), target, s, cond)
+
+    def updates(self, batch: Batch, draws: ConsistencyDraws) -> Iterator[Update]:
+        pair = self.pair(batch, draws)
+        loss = self.distance(pair.student, pair.target)
+        yield Update("student", loss, {"consistency": loss})
+
+    def consistency(
+        self, network: DenoiserLike, x: Tensor, t: Tensor, s: Tensor, cond: Cond
+    ) -> Tensor:
+        """The consistency function: where the trajectory through ``(x, t)`` is at ``s``."""
+        prediction: Prediction = network(x, t, cond)
+        if self.boundary == "lcm":
+            return lcm_output(prediction, x, t)
+        return self.schedule.jump(prediction, s)
+
+    def _target(self) -> Denoiser:
+        if self.target_network == "ema":
+            assert self.ema is not None
+            return self.ema
+        return self.student
+
+    def _with_guidance(self, cond: dict[str, Tensor], guidance: Tensor) -> dict[str, Tensor]:
+        name = self.student.backbone.guidance_input
+        if not self.embed_guidance or name is None:
+            return cond
+        dim: int = self.student.backbone.config["guidance_embedding_dim"]
+        return {**cond, name: guidance_embedding(guidance, dim)}
+
+    # ------------------------------------------------------------------ sampling and the record
+
+    def sample_from(
+        self,
+        denoiser: DenoiserLike,
+        noise: Tensor,
+        cond: dict[str, Tensor] | None,
+        num_steps: int,
+        generator: torch.Generator | None,
+    ) -> Tensor:
+        """Multistep consistency sampling over evenly spaced grid points."""
+        if not 1 <= num_steps <= self.num_grid_points:
+            raise FewstepError(
+                f"A student on {self.num_grid_points} grid points serves 1 to "
+                f"{self.num_grid_points} steps, not {num_steps}."
+            )
+        descending = self.phases.grid.times.home.flip(0)
+        visited = descending[torch.arange(num_steps) * self.num_grid_points // num_steps]
+        times = torch.cat([visited, torch.tensor([self.schedule.t_min]).double()])
+        if self.embed_guidance:
+            # Ask for the middle of the range the student was trained on.
+            guidance = noise.new_full((len(noise),), sum(self.guidance_range or (1, 1)) / 2)
+            cond = self._with_guidance(cond or {}, guidance)
+        return consistency_sample(denoiser, noise, cond, times, generator)
+
+    def _guidance_of(self, role: str | None) -> float:
+        """The teacher samples with the guidance that its solver teaches."""
+        if role == "teacher" and self.guidance_range is not None:
+            return sum(self.guidance_range) / 2
+        return self.sampling_guidance
+
+    def method_metadata(self) -> dict[str, Any]:
+        return {"phases": self.phases.to_config(), "boundary": self.boundary}
+
+    def evaluations(self) -> dict[str, Evaluations]:
+        target = Evaluations(forward=1)
+        counts = {
+            "teacher": Evaluations(forward=1 if self.guidance_range is None else 2),
+            "student": Evaluations(forward=1, backward=1),
+        }
+        if self.target_network == "ema":
+            return {**counts, "ema": target}
+        return {**counts, "student": Evaluations(forward=2, backward=1)}

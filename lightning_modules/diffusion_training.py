@@ -1,0 +1,77 @@
+"""Training a diffusion or flow model from scratch: the teacher of everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.contracts import Batch
+from fewstep.diffusion import Backbone, Denoiser, PredictionType, Schedule, network_target
+from fewstep.diffusion.losses import mse
+from lightning_modules.base import FewStepModule
+from lightning_modules.conditioning import drop_cond
+from lightning_modules.optimisation import Draws
+from lightning_modules.roles import Evaluations, Update
+
+
+@dataclass(frozen=True)
+class DiffusionDraws(Draws):
+    """Randomness of one step: times ``(B,)``, noise ``(B, ...)``, dropped conditions ``(B,)``."""
+
+    t: Tensor
+    noise: Tensor
+    dropped: Tensor
+
+
+class DiffusionTraining(FewStepModule):
+    """Denoising training with any prediction type (Ho et al. 2020; Lipman et al. 2023).
+
+    Args:
+        backbone: makes the network.
+        schedule: its noise schedule.
+        prediction_type: what the network learns to output.
+        cond_dropout: share of samples trained without their condition, for guidance.
+        base: options of :class:`~lightning_modules.base.FewStepModule`.
+    """
+
+    def __init__(
+        self,
+        backbone: Callable[[], Backbone],
+        schedule: Schedule,
+        prediction_type: PredictionType = "epsilon",
+        cond_dropout: float = 0.1,
+        **base: Any,
+    ) -> None:
+        super().__init__(**base)
+        self.make_backbone = backbone
+        self.schedule = schedule
+        self.prediction_type: PredictionType = prediction_type
+        self.cond_dropout = cond_dropout
+
+    def build_roles(self) -> None:
+        self.student = Denoiser(self.make_backbone(), self.schedule, self.prediction_type)
+
+    def draw(self, batch: Batch, generator: torch.Generator) -> DiffusionDraws:
+        x0 = batch["sample"]
+        size, device = len(x0), generator.device
+        return DiffusionDraws(
+            t=self.schedule.sample_times((size,), generator),
+            noise=torch.randn(x0.shape, generator=generator, device=device),
+            dropped=torch.rand(size, generator=generator, device=device) < self.cond_dropout,
+        )
+
+    def updates(self, batch: Batch, draws: DiffusionDraws) -> Iterator[Update]:
+        t, noise = draws.t, draws.noise
+        x0 = batch["sample"]
+        cond = drop_cond(self.student.backbone, batch["cond"], draws.dropped)
+        x_t = self.schedule.add_noise(x0, noise, t)
+        target = network_target(x0, noise, *self.schedule.levels(t, x0), self.prediction_type)
+        loss = mse(self.student.raw(x_t, t, cond), target)
+        yield Update("student", loss, {"loss": loss})
+
+    def evaluations(self) -> dict[str, Evaluations]:
+        return {"student": Evaluations(forward=1, backward=1)}

@@ -1,0 +1,51 @@
+"""Pieces of the one optimisation path."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import Literal, Self
+
+from fewstep.contracts import Batch
+
+
+@dataclass(frozen=True)
+class Draws:
+    """All that is random in a step, tensors ``(B, ...)``; each method has a subclass of its own."""
+
+    def rows(self, rows: slice) -> Self:
+        """The draws of some of the batch's samples."""
+        return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+
+def micro_batches(batch: Batch, draws: Draws, count: int) -> Iterator[tuple[float, Batch, Draws]]:
+    """Splits a batch and its draws; yields (share of the batch, micro-batch, draws).
+
+    Draws are made for the whole batch before it is split, so accumulation does not change them.
+    """
+    total = len(batch["sample"])
+    if count == 1:
+        yield 1.0, batch, draws
+        return
+    size = -(-total // count)
+    for start in range(0, total, size):
+        rows = slice(start, min(start + size, total))
+        part: Batch = {
+            "sample": batch["sample"][rows],
+            "cond": {name: value[rows] for name, value in batch["cond"].items()},
+            "key": batch["key"][rows],
+        }
+        yield (rows.stop - start) / total, part, draws.rows(rows)
+
+
+def learning_rate_factor(
+    update: int, warmup: int, total: int, decay: Literal["constant", "cosine", "linear"]
+) -> float:
+    """Multiplier of the learning rate before the given update (counted from 0)."""
+    if update < warmup:
+        return (update + 1) / warmup
+    if decay == "constant" or total <= warmup:
+        return 1.0
+    progress = min(1.0, (update - warmup) / (total - warmup))
+    return 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress

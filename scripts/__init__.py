@@ -1,0 +1,1 @@
+"""The commands; `fewstep` is their front door."""

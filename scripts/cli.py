@@ -1,0 +1,181 @@
+"""The commands that take an experiment: fit, validate, evaluate, sample, plan.
+
+Built on LightningCLI: an experiment YAML names classes by ``class_path`` and their arguments, every
+key is checked against a signature, and any of them can be overridden on the command line.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning.pytorch as pl
+from jsonargparse import Namespace
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from callbacks import Progress
+from fewstep.errors import FewstepError
+from lightning_modules import FewStepModule
+from scripts.config_errors import explain
+from scripts.experiments import expand_arguments
+from scripts.loggers import MetricsCSV
+from scripts.runs import place
+from scripts.trainer import FewstepTrainer
+
+QUIET = (
+    r".*isinstance\(treespec.*",
+    r".*module\(s\) in eval mode.*",
+    r".*does not have many workers.*",
+    r".*`srun` command is available.*",
+    r".*is an iterable.*dataset.*",
+    r".*litlogger.*",
+    r".*smaller than the logging interval.*",
+    r".*overridden after .* initialization.*",
+    r".*ambiguous collection.*",
+    r".*lr_scheduler.step\(\).*",
+)
+
+
+def quieten() -> None:
+    """Silences messages that tell a user of fewstep nothing."""
+    for pattern in QUIET:
+        warnings.filterwarnings("ignore", message=pattern)
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.fabric.utilities.seed"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+class Parser(LightningArgumentParser):
+    """A parser whose errors are one readable message."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """Raises what is wrong with the configuration as a FewstepError."""
+        raise FewstepError(explain(str(message))) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Saves the resolved configuration into the run's folder; a resumed run writes it anew."""
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Writes ``config.yaml``; called on the first rank only."""
+        if trainer.state.fn != "fit":
+            return
+        folder = Path(trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(
+            self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
+        )
+
+
+class FewstepCLI(LightningCLI):
+    """LightningCLI with run folders, experiment defaults and fewstep's commands."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        quieten()
+        expanded, self.experiment = expand_arguments(arguments)
+        super().__init__(
+            model_class=FewStepModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            trainer_class=FewstepTrainer,
+            trainer_defaults={"callbacks": [Progress()]},
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            save_config_kwargs={"save_to_log_dir": False},
+            seed_everything_default=0,
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            parser_kwargs={"prog": "fewstep"},
+            args=expanded,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The commands and the arguments of each that are not options."""
+        skipped = {"model", "datamodule"}
+        return {
+            "fit": skipped | {"train_dataloaders", "val_dataloaders", "weights_only"},
+            "validate": skipped | {"dataloaders", "weights_only", "verbose"},
+            "evaluate": skipped,
+            "sample": skipped,
+            "plan": skipped,
+        }
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Adds where the run is kept."""
+        parser.add_argument("--run.dir", type=str, default="runs", help="Folder of all runs.")
+        parser.add_argument(
+            "--run.name",
+            type=str | None,
+            default=None,
+            help="Experiment's folder below it; the experiment file's short name by default.",
+        )
+        parser.add_argument(
+            "--run.version",
+            type=str | None,
+            default=None,
+            help="This run's folder, such as version_0; by default a new one when training from "
+            "the start, otherwise the newest.",
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parses, without LightningCLI's warning about arguments given from Python."""
+        self.config = parser.parse_args(args)
+
+    def _parse_ckpt_path(self) -> None:
+        """Checkpoints do not change the configuration."""
+
+    def before_instantiate_classes(self) -> None:
+        """Decides on the run's folder and the checkpoint to start from."""
+        config: Namespace = self.config[self.subcommand]
+        name = config.run.name or self.experiment or type_name(config)
+        self.config[self.subcommand].run.name = name
+        self.run_dir, self.checkpoint = Path(config.run.dir) / name, None
+        if self.subcommand != "plan":
+            self.run_dir, self.checkpoint = place(
+                self.run_dir,
+                config.run.version,
+                config.get("ckpt_path"),
+                training=self.subcommand == "fit",
+            )
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Adds the run's folder and loggers to the trainer."""
+        trainer = self._get(self.config_init, "trainer", default={})
+        loggers: Any = False
+        if self.subcommand == "fit" and trainer.get("logger") is not False:
+            loggers = [
+                MetricsCSV(self.run_dir),
+                TensorBoardLogger(str(self.run_dir), name="", version="tensorboard"),
+            ]
+            extra = trainer.get("logger")
+            if extra not in (None, True):
+                loggers += extra if isinstance(extra, list) else [extra]
+        made = super().instantiate_trainer(
+            logger=loggers, default_root_dir=str(self.run_dir), **kwargs
+        )
+        made.run_name = self.config[self.subcommand].run.name  # type: ignore[attr-defined]
+        return made
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand != "plan":
+            arguments["ckpt_path"] = None if self.checkpoint is None else str(self.checkpoint)
+        if subcommand in ("fit", "validate"):
+            arguments["weights_only"] = True
+        return arguments
+
+
+def type_name(config: Namespace) -> str:
+    """A run's name when it was given no experiment file: its method's."""
+    words = re.findall(r"[A-Z][a-z]+", config.model.class_path.rpartition(".")[2])
+    return "_".join(words).lower()
+
+
+def run_command(arguments: list[str]) -> FewstepCLI:
+    """Runs one command in this process; what goes wrong is raised."""
+    return FewstepCLI(arguments)

@@ -1,0 +1,70 @@
+"""Turns a configuration parser's nested error into the one sentence that matters."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Iterable
+
+from fewstep.errors import nearest
+
+_UNKNOWN = re.compile(r"Option '([\w.]+)' is not accepted")
+_CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
+_REASON = re.compile(
+    r"^\s*(?:- )?(.*(?:Expected a|has no attribute|No module named|not a subclass).*)$", re.M
+)
+_WHERE = re.compile(r"Parser key \"([\w.\[\]]+)\"")
+
+
+def explain(message: str) -> str:
+    """Returns a short message: which key or value is wrong, and the nearest right name."""
+    unknown = _UNKNOWN.search(message)
+    if unknown:
+        # The innermost class before the complaint is the one that does not know the key.
+        owners = _CLASS.findall(message[: unknown.start()])
+        key = unknown.group(1)
+        if owners:
+            known = list(_arguments_of(owners[-1]))
+            return (
+                f"The configuration has an unknown key '{key}' for {owners[-1]}."
+                f"{nearest(key.split('.')[0], known)} Its options: {', '.join(known)}."
+            )
+        return f"The configuration has an unknown key '{key}'.{nearest(key, _top_level(key))}"
+    places = ".".join(dict.fromkeys(_WHERE.findall(message)))
+    reasons = [r.strip() for r in _REASON.findall(message) if "NoneType" not in r]
+    if reasons and places:
+        return f"The configuration's '{places}' is wrong: {reasons[0]}"
+    return message.strip().split("\n  Given value")[0]
+
+
+def _arguments_of(class_path: str) -> Iterable[str]:
+    """Names of all constructor arguments, those of base classes behind ``**kwargs`` included."""
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError):
+        return []
+    found: dict[str, None] = {}
+    for base in inspect.getmro(cls):
+        if "__init__" not in vars(base) or base is object:
+            continue
+        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
+        for parameter in parameters:
+            if parameter.name != "self" and parameter.kind not in (
+                parameter.VAR_KEYWORD,
+                parameter.VAR_POSITIONAL,
+            ):
+                found[parameter.name] = None
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def _top_level(key: str) -> list[str]:
+    import lightning.pytorch as pl
+
+    sections = ["model", "data", "trainer", "run", "seed_everything", "ckpt_path"]
+    trainer = [f"trainer.{name}" for name in inspect.signature(pl.Trainer.__init__).parameters]
+    run = ["run.dir", "run.name", "run.version"]
+    return trainer + run if "." in key else sections

@@ -1,0 +1,132 @@
+"""The demo: a teacher on real handwritten digits, its few-step students, and their report."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from callbacks.results import FILE_NAME, read_results
+from fewstep.errors import FewstepError
+from scripts.cli import run_command
+from scripts.experiments import find_experiment, with_defaults
+from scripts.report import build_report
+
+TEACHER = "digits/teacher"
+STUDENTS = (
+    "digits/lcm",
+    "digits/pcm_8",
+    "digits/pcm_4",
+    "digits/pcm_2",
+    "digits/pcm_1_adversarial",
+)
+TEACHER_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training run of the demo."""
+
+    experiment: str
+    seed: int
+    folder: Path
+
+    @property
+    def run(self) -> Path:
+        """The run's folder."""
+        return self.folder / self.experiment / f"version_{self.seed}"
+
+    def max_steps(self) -> int:
+        """How many student updates the experiment asks for."""
+        steps = 0
+        for file in with_defaults(find_experiment(self.experiment)):
+            trainer = yaml.safe_load(file.read_text()).get("trainer", {})
+            steps = trainer.get("max_steps", steps)
+        return int(steps)
+
+    def finished(self) -> bool:
+        """Whether the run has been trained to its end and measured."""
+        results = self.run / FILE_NAME
+        return results.exists() and read_results(results)["student_updates"] == self.max_steps()
+
+    def arguments(self) -> list[str]:
+        """The command that runs, or resumes, this stage."""
+        arguments = ["fit", "-c", self.experiment, "--seed_everything", str(self.seed)]
+        arguments += ["--run.dir", str(self.folder), "--run.version", self.run.name]
+        arguments += ["--ckpt_path", "last"]
+        if self.experiment != TEACHER:
+            teacher = Stage(TEACHER, self.seed, self.folder).run
+            arguments += ["--model.init_args.teacher", str(teacher)]
+        return arguments
+
+
+def main(arguments: list[str]) -> None:
+    """Runs ``fewstep demo``."""
+    parser = argparse.ArgumentParser(
+        prog="fewstep demo",
+        description=__doc__,
+        epilog="Interrupt it whenever you like: the same command goes on where it was.",
+    )
+    parser.add_argument("--dir", type=Path, default=Path("runs/demo"), help="folder of its runs")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="training seeds; each repeats all runs"
+    )
+    options = parser.parse_args(arguments)
+    stages = [
+        Stage(experiment, seed, options.dir)
+        for seed in options.seeds
+        for experiment in (TEACHER, *STUDENTS)
+    ]
+    started = time.monotonic()
+    for number, stage in enumerate(stages, start=1):
+        title = f"[{number}/{len(stages)}] {stage.experiment}, seed {stage.seed}"
+        if stage.finished():
+            print(f"{title}: done before", flush=True)
+            continue
+        print(f"{title}: {stage.max_steps()} updates", flush=True)
+        run_command(stage.arguments())
+    table = summary(options.dir, options.seeds)
+    (options.dir / "summary.md").write_text(table)
+    report = build_report(
+        [stage.run for stage in stages], options.dir / "report.html", "Few-step digits"
+    )
+    print(f"\n{table}\nReport: {report}   ({time.monotonic() - started:.0f} s)")
+
+
+def summary(folder: Path, seeds: Sequence[int]) -> str:
+    """The distances of every run as a Markdown table, mean and spread over training seeds."""
+    rows: dict[str, dict[int, list[float]]] = {}
+    metric = ""
+    for experiment in (TEACHER, *STUDENTS):
+        for seed in seeds:
+            results = read_results(Stage(experiment, seed, folder).run / FILE_NAME)
+            for entry in results["measurements"]:
+                metric = entry["metric"]
+                cells = rows.setdefault(experiment, {})
+                cells.setdefault(entry["num_steps"], []).append(entry["value"])
+    if not rows:
+        raise FewstepError(f"There are no results below '{folder}'.")
+    columns = sorted({steps for cells in rows.values() for steps in cells})
+    lines = [
+        f"`{metric}` (lower is better) by sampling steps, {len(seeds)} training seed(s)",
+        "",
+        "| run | " + " | ".join(str(c) for c in columns) + " |",
+        "|---" * (len(columns) + 1) + "|",
+    ]
+    for experiment, cells in rows.items():
+        lines.append(f"| {experiment} | " + " | ".join(_cell(cells.get(c)) for c in columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _cell(values: Any) -> str:
+    if not values:
+        return "–"
+    if len(values) == 1:
+        return f"{values[0]:.3f}"
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"

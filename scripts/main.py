@@ -1,0 +1,83 @@
+"""The front door: ``fewstep COMMAND ...``."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+HELP = """\
+usage: fewstep COMMAND [options]
+
+Turns slow diffusion models into few-step ones, and measures how good they are.
+
+commands that take an experiment (-c digits/pcm, or any YAML file; every key can be overridden,
+such as --trainer.max_steps 2000; --print_config shows all of them):
+  fit        train it
+  validate   losses on held-out data, and its metrics
+  evaluate   measure a trained model at several step counts, --steps 1 2 4 8
+  sample     draw pictures of its samples
+  plan       what it will cost: parameters, memory, network evaluations
+
+other commands:
+  report     one self-contained HTML page from any set of run folders
+  demo       a teacher, its few-step students and their report, on this machine
+
+`fewstep COMMAND --help` tells the options of a command.
+A message that begins with "error:" says what to mend; FEWSTEP_TRACEBACK=1 shows where it arose.
+"""
+
+EXPERIMENT_COMMANDS = ("fit", "validate", "evaluate", "sample", "plan")
+
+
+def run(arguments: list[str]) -> None:
+    """Runs one command; mistakes a user can mend are raised as FewstepError.
+
+    Heavy imports wait until the command is known, so that ``--help`` answers at once.
+    """
+    from fewstep.errors import FewstepError, nearest
+
+    command = arguments[0]
+    if command in EXPERIMENT_COMMANDS:
+        from scripts.cli import run_command
+
+        run_command(arguments)
+    elif command == "report":
+        from scripts.report import main as report
+
+        report(arguments[1:])
+    elif command == "demo":
+        from scripts.demo import main as demo
+
+        demo(arguments[1:])
+    else:
+        known = [*EXPERIMENT_COMMANDS, "report", "demo"]
+        raise FewstepError(
+            f"There is no command '{command}'.{nearest(command, known)} "
+            f"Commands: {', '.join(known)}; `fewstep --help` tells more."
+        )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of the ``fewstep`` command; returns the exit status."""
+    from fewstep.errors import FewstepError
+
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(HELP, end="")
+        return 0
+    try:
+        run(arguments)
+    except FewstepError as error:
+        if os.environ.get("FEWSTEP_TRACEBACK"):
+            traceback.print_exc()
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("\nStopped. The same command with --ckpt_path last goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""A run's folder: ``runs/<experiment>/<version>/``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from fewstep.errors import FewstepError
+
+
+def versions(experiment: Path) -> list[Path]:
+    """The runs of an experiment, oldest first."""
+
+    def number(path: Path) -> int:
+        suffix = path.name.removeprefix("version_")
+        return int(suffix) if suffix.isdigit() else -1
+
+    return sorted((p for p in experiment.glob("version_*") if p.is_dir()), key=number)
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run."""
+    path = run / "checkpoints" / "last.ckpt"
+    return path if path.is_file() else None
+
+
+def run_of_checkpoint(path: Path) -> Path | None:
+    """The run's folder a checkpoint lies in, if it lies in one."""
+    return path.parent.parent if path.parent.name == "checkpoints" else None
+
+
+def place_new_run(experiment: Path) -> Path:
+    """The folder of the next run."""
+    found = versions(experiment)
+    last = int(found[-1].name.removeprefix("version_")) if found else -1
+    return experiment / f"version_{last + 1}"
+
+
+def place(
+    experiment: Path, version: str | None, ckpt_path: str | None, training: bool
+) -> tuple[Path, Path | None]:
+    """Decides which folder a command works in and which checkpoint it starts from.
+
+    Args:
+        experiment: ``runs/<experiment>``.
+        version: a given version's name, or None.
+        ckpt_path: a file, ``last`` (the newest, or none if there is none), or None.
+        training: whether the command trains; the others take the newest run by default.
+
+    Raises:
+        FewstepError: if a checkpoint that is needed is not there.
+    """
+    if ckpt_path not in (None, "last"):
+        checkpoint = Path(str(ckpt_path))
+        if checkpoint.is_dir():
+            checkpoint = checkpoint / "checkpoints" / "last.ckpt"
+        if not checkpoint.is_file():
+            raise FewstepError(
+                f"There is no checkpoint '{ckpt_path}'. Leave --ckpt_path out for the newest of "
+                f"'{experiment}', or give a .ckpt file."
+            )
+        home = run_of_checkpoint(checkpoint)
+        if version is None and home is not None and home.parent == experiment:
+            return home, checkpoint
+        return (experiment / version if version else place_new_run(experiment)), checkpoint
+    candidates = [experiment / version] if version else versions(experiment)[::-1]
+    if training and ckpt_path is None:
+        return (candidates[0] if version else place_new_run(experiment)), None
+    for run in candidates:
+        found = last_checkpoint(run)
+        if found is not None:
+            return run, found
+    if training:
+        return (candidates[0] if candidates else place_new_run(experiment)), None
+    raise FewstepError(
+        f"'{experiment}' holds no run with a checkpoint. Train it first: "
+        f"fewstep fit -c {'/'.join(experiment.parts[1:])}"
+    )
