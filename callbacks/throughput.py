@@ -91,7 +91,7 @@ class Throughput(Callback):
         counts = cast(Any, pl_module).evaluations()
         per_sample = sum(count.forward + 2 * count.backward for count in counts.values())
         return {
-            "seconds": round(self.seconds, 1),
+            "seconds": round(self.seconds, 3),
             "devices": trainer.world_size,
             "device_hours": self.seconds * trainer.world_size / 3600,
             "samples": self.samples,

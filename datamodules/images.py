@@ -114,7 +114,12 @@ class ImageShards(pl.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """The stream's position, the same on every rank."""
-        return {"consumed": self.consumed, "seed": self.seed}
+        assert self.trainer is not None
+        return {
+            "consumed": self.consumed,
+            "at_update": self.trainer.global_step,
+            "seed": self.seed,
+        }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restores the position; the order it belongs to must be the same."""
@@ -123,9 +128,9 @@ class ImageShards(pl.LightningDataModule):
                 f"The checkpoint's stream has seed {state_dict['seed']}, this run's "
                 f"{self.seed}; set data.init_args.seed: {state_dict['seed']} to resume."
             )
-        assert self.trainer is not None
+        # Lightning restores the datamodule before its counters: global_step is still 0 here.
         self._consumed = state_dict["consumed"]
-        self._consumed_at_update = self.trainer.global_step
+        self._consumed_at_update = state_dict["at_update"]
 
     # ------------------------------------------------------------------ loaders
 

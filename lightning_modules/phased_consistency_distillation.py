@@ -53,6 +53,8 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
             betas 0 and 0.999, weight decay 1e-3).
         discriminator_blocks: blocks of the teacher it looks at; all by default.
         heads_per_block, head_width, head_kernel: size of its heads.
+        edge_share: share of samples drawn at the phases' upper edges, the only times a sampler
+            visits; the rest is uniform over the grid, as all is in the released code.
         alpha_floor: PCM's clip of alpha in the student's jump (0.5 in the appendix), for epsilon
             networks with one or two phases; 0 is off.
         stochasticity: ``1 - r`` of eq. 44 when sampling; 0 is deterministic.
@@ -72,6 +74,7 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         heads_per_block: int = 1,
         head_width: int = 64,
         head_kernel: int = 1,
+        edge_share: float = 0.0,
         alpha_floor: float = 0.0,
         stochasticity: float = 0.0,
         allow_untrained_steps: bool = False,
@@ -86,6 +89,7 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
             "width": head_width,
             "kernel_size": head_kernel,
         }
+        self.edge_share = edge_share
         self.alpha_floor = alpha_floor
         self.stochasticity = stochasticity
         self.allow_untrained_steps = allow_untrained_steps
@@ -125,17 +129,26 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
 
     def draw(self, batch: Batch, generator: torch.Generator) -> PhasedDraws:
         x0, device = batch["sample"], generator.device
+        common = vars(super().draw(batch, generator))
+        if self.edge_share:
+            common["index"] = self._favour_edges(common["index"], generator)
         return PhasedDraws(
-            **vars(super().draw(batch, generator)),
+            **common,
             position=torch.rand(len(x0), generator=generator, device=device),
             fake_noise=torch.randn(x0.shape, generator=generator, device=device),
             real_noise=torch.randn(x0.shape, generator=generator, device=device),
         )
 
+    def _favour_edges(self, index: Tensor, generator: torch.Generator) -> Tensor:
+        shape, device = index.shape, generator.device
+        phase = torch.randint(self.num_phases, shape, generator=generator, device=device)
+        chosen = torch.rand(shape, generator=generator, device=device) < self.edge_share
+        return torch.where(chosen, self.phases.last_index.on(device)[phase], index)
+
     def updates(self, batch: Batch, draws: ConsistencyDraws) -> Iterator[Update]:
         assert isinstance(draws, PhasedDraws)
         pair = self.pair(batch, draws)
-        consistency = self.distance(pair.student, pair.target)
+        consistency = self.consistency_loss(pair)
         if not self.adversarial_weight:
             yield Update("student", consistency, {"consistency": consistency})
             return

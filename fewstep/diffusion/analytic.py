@@ -119,7 +119,7 @@ class GaussianMixture:
         return cos * prediction.eps - sin * prediction.x0
 
     def _gaussian_flow(self, x: Tensor, start: Levels, end: Levels) -> Tensor:
-        """``x_s = alpha_s m + (x_t - alpha_t m) sqrt(V_s / V_t)``; ``V = alpha^2 c^2 + sigma^2``."""
+        """``x_s = alpha_s m + (x_t - alpha_t m) sqrt(V_s / V_t)``; ``V = alpha^2 c^2 + sigma^2``"""
         mean, std = self.means[0], self.stds[0]
         v_start, v_end = ((a * std).square() + s.square() for a, s in (start, end))
         return end[0] * mean + (x - start[0] * mean) * (v_end / v_start).sqrt()

@@ -53,6 +53,8 @@ class PhaseSchedule:
         edges: ``s_0 = t_min < s_1 < ... < s_M = t_max``, float64 table ``(M + 1,)``.
         edge_of: for each grid index, the edge below it, ``(N,)``.
         upper_edge_of: for each grid index, the edge at or above it, ``(N,)``.
+        last_index: for each phase, the grid index of its upper edge, which is where samplers
+            enter it, ``(M,)`` integers.
 
     Raises:
         FewstepError: unless ``1 <= num_phases <= len(grid)``.
@@ -73,6 +75,8 @@ class PhaseSchedule:
         self.edges = Table(edges)
         self.edge_of = Table(edges[phase_of])
         self.upper_edge_of = Table(edges[phase_of + 1])
+        ends = torch.cat([first_index[1:], torch.tensor([num_points])])
+        self.last_index = Table(ends - 1)
 
     def sampling_times(self, num_steps: int, allow_untrained: bool = False) -> Tensor:
         """The descending times a sampler visits, ``(num_steps + 1,)``, last one ``t_min``.

@@ -83,6 +83,15 @@ class Schedule(ABC):
         alpha, sigma = self.levels(s, prediction.x0)
         return alpha * prediction.x0 + sigma * prediction.eps
 
+    def jump_length(self, t: Tensor, s: Tensor) -> Tensor:
+        """How far a jump ``t -> s`` moves for a unit error of the predicted velocity, ``(B,)``.
+
+        ``alpha_s sigma_t - sigma_s alpha_t``: the angle's sine for variance-preserving schedules,
+        ``sigma_t - sigma_s`` for flow matching. A jump's error divided by it is an error of the
+        mean velocity, which has the same scale at every time.
+        """
+        return self.alpha(s) * self.sigma(t) - self.sigma(s) * self.alpha(t)
+
     def renoise(self, x_s: Tensor, s: Tensor, a: Tensor, noise: Tensor) -> Tensor:
         """Draws from the forward kernel ``q(x_a | x_s)`` for ``a >= s``.
 

@@ -90,7 +90,7 @@ class RingMixture(Backbone):
         mixture = self.mixture.to(x_t.to(work_dtype(x_t)))
         exact = mixture.predict(x_t, self.schedule.levels(t, x_t), class_labels).eps
         dtype = self.inlet.weight.dtype
-        inputs = [x_t.to(dtype), get_timestep_embedding(t.to(dtype), self.width)]
+        inputs = [x_t.to(dtype), get_timestep_embedding(t, self.width).to(dtype)]
         if self.guidance_embedding_dim:
             size = (len(x_t), self.guidance_embedding_dim)
             inputs.append(

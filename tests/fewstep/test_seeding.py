@@ -1,0 +1,46 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import torch
+
+from fewstep.seeding import derived_seed, numpy_generator, torch_generator
+
+
+def test_seeds_differ_in_every_argument() -> None:
+    arguments = itertools.product([0, 1, 2**31], ["noise", "data"], [0, 1, 2], [0, 1, 2])
+    seeds = [derived_seed(seed, stream, *counters) for seed, stream, *counters in arguments]
+    assert len(set(seeds)) == len(seeds)
+    # Counters are not added up or run together.
+    assert len({derived_seed(0, "x", *c) for c in [(1, 2), (2, 1), (3, 0), (12, 0), (0, 12)]}) == 5
+
+
+def test_seeds_fit_every_generator() -> None:
+    for update in range(1000):
+        assert 0 <= derived_seed(7, "noise", update) < 2**63
+
+
+def test_seeds_are_the_same_in_every_process_and_version() -> None:
+    # A run resumes only if these never change: SeedSequence of (seed, crc32 of the name, counters).
+    assert derived_seed(3, "noise", 5, 1) == 3_129_043_479_967_712_435
+    assert derived_seed(0, "data") == 1_605_858_607_080_498_671
+
+
+def test_generators_repeat_and_do_not_touch_the_global_state() -> None:
+    torch_state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    draws = [torch.randn(4, generator=torch_generator(1, "noise", k)) for k in (0, 0, 1)]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+    rows = [numpy_generator(1, "noise", k).permutation(100).tolist() for k in (0, 0, 1)]
+    assert rows[0] == rows[1] != rows[2]
+    assert torch.equal(torch.get_rng_state(), torch_state)
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_neighbouring_streams_are_uncorrelated() -> None:
+    draws = torch.stack(
+        [torch.randn(2000, generator=torch_generator(0, "noise", k)) for k in range(8)]
+    )
+    correlation = draws.corrcoef() - torch.eye(8)
+    assert correlation.abs().max() < 0.1

@@ -1,0 +1,45 @@
+"""Learning rates and micro-batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from fewstep.contracts import Batch
+from lightning_modules.optimisation import Draws, learning_rate_factor, micro_batches
+
+
+@dataclass(frozen=True)
+class Numbers(Draws):
+    values: torch.Tensor
+
+
+def test_warmup_rises_linearly_and_ends_at_one() -> None:
+    factors = [learning_rate_factor(n, 4, 100, "constant") for n in range(6)]
+    assert factors == [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+
+
+@pytest.mark.parametrize(("decay", "middle"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
+def test_decays_reach_their_middle_half_way(decay: str, middle: float) -> None:
+    assert learning_rate_factor(60, 20, 100, decay) == pytest.approx(middle)  # type: ignore[arg-type]
+
+
+def test_cosine_ends_at_zero() -> None:
+    assert learning_rate_factor(100, 0, 100, "cosine") == pytest.approx(0)
+
+
+def test_micro_batches_cover_a_ragged_batch_once_and_shares_sum_to_one() -> None:
+    batch: Batch = {
+        "sample": torch.arange(7.0)[:, None],
+        "cond": {"class_labels": torch.arange(7)},
+        "key": [str(i) for i in range(7)],
+    }
+    parts = list(micro_batches(batch, Numbers(torch.arange(7)), 3))
+    assert sum(share for share, _, _ in parts) == pytest.approx(1)
+    assert torch.cat([part["sample"] for _, part, _ in parts]).flatten().tolist() == list(range(7))
+    assert [k for _, part, _ in parts for k in part["key"]] == [str(i) for i in range(7)]
+    for _, part, draws in parts:
+        assert isinstance(draws, Numbers)
+        assert torch.equal(draws.values, part["cond"]["class_labels"])

@@ -1,0 +1,238 @@
+"""The commands as a user meets them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from fewstep.errors import FewstepError
+from scripts.experiments import experiments_root, short_name
+from scripts.main import main, run
+
+EXPERIMENTS = sorted(
+    short_name(p) for p in experiments_root().rglob("*.yaml") if p.name != "defaults.yaml"
+)
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory: experiments are found in the source tree."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one message a failing command prints."""
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.err
+    message = captured.err[captured.err.index("error:") :]
+    assert len(message.strip().split("\n")) <= 6
+    return message
+
+
+SMALL = [
+    "--trainer.max_steps",
+    "4",
+    "--trainer.accelerator",
+    "cpu",
+    "--trainer.callbacks.num_samples",
+    "64",
+]
+TINY_NETWORK = [
+    "--model.init_args.backbone.init_args.num_layers",
+    "1",
+    "--model.init_args.backbone.init_args.head_dim",
+    "8",
+]
+
+
+def fit(experiment: str, *more: str, updates: int = 4) -> None:
+    """Trains an experiment for a few updates."""
+    config = Path("small.yaml")
+    config.write_text(
+        yaml.safe_dump(
+            {
+                "trainer": {
+                    "max_steps": updates,
+                    "accelerator": "cpu",
+                    "val_check_interval": 2,
+                    "callbacks": [
+                        {
+                            "class_path": "callbacks.Evaluation",
+                            "init_args": {
+                                "metrics": [{"class_path": "fewstep.metrics.SlicedWasserstein"}],
+                                "num_samples": 64,
+                            },
+                        },
+                        {"class_path": "callbacks.Samples"},
+                        {
+                            "class_path": "callbacks.Checkpoints",
+                            "init_args": {"every_n_updates": 2},
+                        },
+                        {"class_path": "callbacks.Throughput"},
+                    ],
+                }
+            }
+        )
+    )
+    run(["fit", "-c", experiment, "--config", "small.yaml", "--run.name", experiment, *more])
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_every_experiment_parses(
+    experiment: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        run(["fit", "-c", experiment, "--print_config"])
+    assert stopped.value.code == 0
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert config["trainer"]["use_distributed_sampler"] is False
+    assert config["model"]["class_path"].startswith("lightning_modules.")
+
+
+def test_help_answers_at_once_and_names_every_command() -> None:
+    found = subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "scripts.main", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=True,
+    )
+    for command in ("fit", "validate", "evaluate", "sample", "plan", "report", "demo"):
+        assert f"\n  {command}" in found.stdout
+    assert "torch" not in found.stderr
+
+
+def test_a_misspelt_command_is_named_with_the_right_one(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Did you mean 'evaluate'?" in error_of(["evalute"], capsys)
+
+
+def test_a_misspelt_experiment_is_named_with_the_nearest(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "Did you mean 'digits/teacher'?" in error_of(["fit", "-c", "digits/techer"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "hint"),
+    [
+        ({"model": {"init_args": {"num_phase": 4}}}, "'num_phase' for lightning_modules"),
+        ({"model": {"init_args": {"num_phase": 4}}}, "Did you mean 'num_phases'?"),
+        ({"model": {"init_args": {"lr_decai": "cosine"}}}, "Did you mean 'lr_decay'?"),
+        ({"trainer": {"max_stps": 4}}, "Did you mean 'trainer.max_steps'?"),
+        ({"modle": {}}, "Did you mean 'model'?"),
+        ({"data": {"init_args": {"batchsize": 4}}}, "Did you mean 'batch_size'?"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_the_nearest(
+    wrong: dict[str, Any], hint: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("wrong.yaml").write_text(yaml.safe_dump(wrong))
+    assert hint in error_of(["fit", "-c", "digits/pcm_4", "-c", "wrong.yaml"], capsys)
+
+
+def test_a_value_of_the_wrong_type_is_named(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = error_of(
+        ["fit", "-c", "digits/pcm_4", "--model.init_args.num_phases", "many"], capsys
+    )
+    assert "num_phases" in message
+    assert "int" in message
+
+
+def test_a_student_without_its_teacher_says_how_to_train_one(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(["fit", "-c", "digits/pcm_4"], capsys)
+    assert "Train it first: fewstep fit -c experiments/digits/teacher.yaml" in message
+
+
+def test_evaluating_before_training_says_how_to_train(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(["evaluate", "-c", "digits/teacher"], capsys)
+    assert "Train it first: fewstep fit -c digits/teacher" in message
+
+
+def test_a_missing_shard_folder_is_one_message(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("data.yaml").write_text(
+        "data: {class_path: datamodules.ImageShards, init_args: {shards: nowhere/*.tar, "
+        "val_shards: nowhere/*.tar, batch_size: 4, channels: 1}}"
+    )
+    message = error_of(["fit", "-c", "digits/teacher", "-c", "data.yaml"], capsys)
+    assert "the folder 'nowhere' does not exist" in message
+
+
+def test_plan_counts_the_parameters_of_each_role(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(["plan", "-c", "digits/teacher"])
+    printed = capsys.readouterr().out
+    assert "student     0.829 M       100%" in printed
+    assert "1 forward, 1 backward" in printed
+
+
+def test_the_whole_way_from_teacher_to_report(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fit("digits/teacher", *TINY_NETWORK)
+    fit("digits/pcm_4")
+    folder = here / "runs" / "digits" / "pcm_4" / "version_0"
+    for name in ("config.yaml", "metrics.csv", "results.json", "checkpoints/last.ckpt"):
+        assert (folder / name).exists(), name
+    assert list((folder / "tensorboard").glob("events*"))
+    assert (folder / "samples" / "00000004_ema_4_steps.png").exists()
+
+    config = str(folder / "config.yaml")
+    run(
+        [
+            "evaluate",
+            "-c",
+            config,
+            "--roles",
+            "student",
+            "teacher",
+            "--steps",
+            "4",
+            "--seeds",
+            "0",
+            "1",
+        ]
+    )
+    results = yaml.safe_load((folder / "results.json").read_text())
+    assert {(m["role"], m["seed"]) for m in results["measurements"]} == {
+        ("ema", 0),
+        ("student", 0),
+        ("student", 1),
+        ("teacher", 0),
+        ("teacher", 1),
+    }
+    assert results["training"]["samples"] == 4 * 128
+
+    assert "serves 4 sampling steps, not 3" in error_of(
+        ["evaluate", "-c", config, "--steps", "3"], capsys
+    )
+    run(["sample", "-c", config, "--roles", "teacher", "--steps", "2", "--count", "10"])
+    assert (folder / "samples" / "00000004_teacher_2_steps.png").exists()
+    run(["validate", "-c", config])
+    run(["report", "runs"])
+    assert "digits/pcm_4" in (here / "runs" / "report.html").read_text()
+
+    # Resuming goes on in the same folder, and a checkpoint of another experiment is refused.
+    fit("digits/pcm_4", "--ckpt_path", "last", updates=6)
+    last = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["fewstep"]["student_updates"] == 6
+    assert last["fewstep"]["training"]["samples"] == 6 * 128
+    assert not (folder.parent / "version_1").exists()
+    teacher = here / "runs" / "digits" / "teacher" / "version_0" / "checkpoints" / "last.ckpt"
+    with pytest.raises(FewstepError, match="of another experiment"):
+        fit("digits/pcm_4", "--ckpt_path", str(teacher))
