@@ -156,6 +156,7 @@ class Evaluation(Callback):
                 value=accumulator.compute(gather),
                 num_steps=num_steps,
                 network_evaluations=sampler.sampling_evaluations(num_steps, role),
+                guidance_scale=sampler.guidance_scale(role),
                 role=role,
                 num_samples=num_samples,
                 seed=seed,

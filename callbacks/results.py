@@ -26,6 +26,7 @@ class Measurement:
     Attributes:
         metric: its name, which says over which features.
         network_evaluations: evaluations a sample, guidance included.
+        guidance_scale: of classifier-free guidance while sampling; 1 is off.
         protocol: what must be equal for two numbers to be comparable.
     """
 
@@ -33,6 +34,7 @@ class Measurement:
     value: float
     num_steps: int
     network_evaluations: int
+    guidance_scale: float
     role: str
     num_samples: int
     seed: int

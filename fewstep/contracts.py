@@ -51,6 +51,9 @@ class FewStepSampler(Protocol):
     def sampling_roles(self) -> list[str]:
         """Roles that can sample, the default one first."""
 
+    def guidance_scale(self, role: str | None = None) -> float:
+        """The guidance scale a role samples with; 1 is off."""
+
     def step_counts(self, role: str | None = None) -> list[int]:
         """The numbers of sampling steps to measure a role at, unless told otherwise."""
 

@@ -39,7 +39,7 @@ def build(spec: Spec, expected: type[T]) -> T:
     module_name, _, name = spec["class_path"].rpartition(".")
     try:
         cls = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError) as error:
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
         raise FewstepError(
             f"The checkpoint needs the class '{spec['class_path']}', which cannot be imported "
             f"({error}). Install the package or check out the version that defines it."

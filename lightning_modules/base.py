@@ -242,9 +242,10 @@ class FewStepModule(pl.LightningModule):
 
     def sampling_evaluations(self, num_steps: int, role: str | None = None) -> int:
         """Network evaluations a sample, guidance included."""
-        return num_steps * (1 if self._guidance_of(role) == 1 else 2)
+        return num_steps * (1 if self.guidance_scale(role) == 1 else 2)
 
-    def _guidance_of(self, role: str | None) -> float:
+    def guidance_scale(self, role: str | None = None) -> float:
+        """The guidance scale a role samples with; 1 is off."""
         return self.sampling_guidance
 
     @torch.no_grad()
@@ -272,7 +273,7 @@ class FewStepModule(pl.LightningModule):
         role = roles[0] if role is None else role
         if role not in roles:
             raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
-        denoiser = Guided(getattr(self, role), self._guidance_of(role))
+        denoiser = Guided(getattr(self, role), self.guidance_scale(role))
         if role == "teacher":
             return FewStepModule.sample_from(self, denoiser, noise, cond, num_steps, generator)
         return self.sample_from(denoiser, noise, cond, num_steps, generator)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -67,6 +68,9 @@ class ConsistencyDistillation(FewStepModule):
     Args:
         teacher: a checkpoint, run or experiment folder, or a factory of a denoiser.
         num_grid_points: solver grid points ``N``; the released LCM and PCM use 50 for SD1.5.
+        solver_substeps: teacher steps from one grid point to the next. More make a coarse grid as
+            exact as a fine one, and on a coarse grid a student learns from fewer generations of
+            its own targets; the released code uses 1.
         guidance_range: interval of the guidance scale in the teacher's solver, drawn for each
             sample (the papers' ``w`` plus one); null uses no guidance there.
         cond_dropout: share of samples distilled without their condition.
@@ -91,6 +95,7 @@ class ConsistencyDistillation(FewStepModule):
         self,
         teacher: TeacherSource,
         num_grid_points: int = 50,
+        solver_substeps: int = 1,
         guidance_range: tuple[float, float] | None = None,
         cond_dropout: float = 0.0,
         target_network: Literal["student", "ema"] = "student",
@@ -104,6 +109,7 @@ class ConsistencyDistillation(FewStepModule):
         super().__init__(**base)
         self.teacher_source = teacher
         self.num_grid_points = num_grid_points
+        self.solver_substeps = solver_substeps
         self.guidance_range = guidance_range
         self.cond_dropout = cond_dropout
         self.target_network = target_network
@@ -121,6 +127,7 @@ class ConsistencyDistillation(FewStepModule):
         self.schedule = self.teacher.schedule
         grid = TimeGrid.uniform(self.schedule, self.num_grid_points)
         self.phases = PhaseSchedule(grid, self.num_phases)
+        self.solver_path = grid.solver_path(self.schedule, self.solver_substeps)
         if self.embed_guidance and self.student.backbone.guidance_input is None:
             raise FewstepError(
                 f"{type(self.student.backbone).__name__} takes no guidance embedding; "
@@ -156,9 +163,7 @@ class ConsistencyDistillation(FewStepModule):
         x_t = self.schedule.add_noise(x0, draws.noise, t)
 
         with torch.no_grad():
-            guidance = 1.0 if self.guidance_range is None else draws.guidance
-            solved = self.teacher.guided(x_t, t, cond, guidance)
-            x_previous = self.schedule.jump(solved, previous)
+            x_previous = self._solve(x_t, draws, cond)
             target = self.consistency(self._target(), x_previous, previous, s, student_cond)
             # Already at the edge: there is nothing left to jump.
             target = torch.where(expand_to(previous == s, target), x_previous, target)
@@ -168,6 +173,14 @@ class ConsistencyDistillation(FewStepModule):
         pair = self.pair(batch, draws)
         loss = self.consistency_loss(pair)
         yield Update("student", loss, {"consistency": loss})
+
+    def _solve(self, x_t: Tensor, draws: ConsistencyDraws, cond: Cond) -> Tensor:
+        """The teacher's steps from each sample's grid point to the previous one."""
+        guidance = 1.0 if self.guidance_range is None else draws.guidance
+        path = self.solver_path.on(x_t.device)[draws.index].unbind(1)
+        for start, end in pairwise(path):
+            x_t = self.schedule.jump(self.teacher.guided(x_t, start, cond, guidance), end)
+        return x_t
 
     def consistency_loss(self, pair: Pair) -> Tensor:
         """Distance of the student's jump from its target, in the chosen weighting."""
@@ -217,14 +230,16 @@ class ConsistencyDistillation(FewStepModule):
             )
         descending = self.phases.grid.times.home.flip(0)
         visited = descending[torch.arange(num_steps) * self.num_grid_points // num_steps]
-        times = torch.cat([visited, torch.tensor([self.schedule.t_min]).double()])
+        # LCM's own form is trained to give clean data; the jump ends where trajectories do.
+        end = self.schedule.t_clean if self.boundary == "lcm" else self.schedule.t_min
+        times = torch.cat([visited, torch.tensor([end]).double()])
         if self.embed_guidance:
             # Ask for the middle of the range the student was trained on.
             guidance = noise.new_full((len(noise),), sum(self.guidance_range or (1, 1)) / 2)
             cond = self._with_guidance(cond or {}, guidance)
         return consistency_sample(denoiser, noise, cond, times, generator)
 
-    def _guidance_of(self, role: str | None) -> float:
+    def guidance_scale(self, role: str | None = None) -> float:
         """The teacher samples with the guidance that its solver teaches."""
         if role == "teacher" and self.guidance_range is not None:
             return sum(self.guidance_range) / 2
@@ -235,8 +250,9 @@ class ConsistencyDistillation(FewStepModule):
 
     def evaluations(self) -> dict[str, Evaluations]:
         target = Evaluations(forward=1)
+        solver = self.solver_substeps * (1 if self.guidance_range is None else 2)
         counts = {
-            "teacher": Evaluations(forward=1 if self.guidance_range is None else 2),
+            "teacher": Evaluations(forward=solver),
             "student": Evaluations(forward=1, backward=1),
         }
         if self.target_network == "ema":

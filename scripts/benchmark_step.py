@@ -143,7 +143,8 @@ def main() -> None:
         "key": [],
     }
     # Each trains a student of its own, so that neither warms the other's caches.
-    steps = {"ours": our_step(module), "straightforward": straightforward_step(make_module(options))}
+    other = straightforward_step(make_module(options))
+    steps = {"ours": our_step(module), "straightforward": other}
     found = measure(steps, batch, options.blocks, options.length)
     count = sum(p.numel() for p in module.student.parameters())
     print(f"{count / 1e6:.1f} M parameters, batch {options.batch}, {options.device}")

@@ -41,6 +41,18 @@ class TimeGrid:
     def __len__(self) -> int:
         return len(self.times.home)
 
+    def solver_path(self, schedule: Schedule, num_substeps: int) -> Table:
+        """Times a solver visits from each grid point to the previous one, ``(N, K + 1)``.
+
+        Substeps lie on the grid of ``N K`` points, which contains this one.
+
+        Raises:
+            FewstepError: if the schedule has no such grid.
+        """
+        fine = TimeGrid.uniform(schedule, len(self) * num_substeps)
+        below = fine.previous.home.reshape(len(self), num_substeps).flip(1)
+        return Table(torch.cat([self.times.home[:, None], below], dim=1))
+
 
 class PhaseSchedule:
     """``M`` phases over a grid; within each, the student jumps to the phase's lower edge.

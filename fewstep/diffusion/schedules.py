@@ -27,11 +27,13 @@ class Schedule(ABC):
     Attributes:
         t_max: time of pure noise, where sampling starts.
         t_min: time where trajectories end.
+        t_clean: time of clean data; ``t_min`` or below it.
         config: the plain constructor arguments (see :mod:`fewstep.spec`).
     """
 
     t_max: float
     t_min: float
+    t_clean: float
     config: dict[str, Any]
 
     @abstractmethod
@@ -146,7 +148,8 @@ class VPSchedule(Schedule):
         self._angles = Table(torch.cat([torch.zeros(1, dtype=torch.float64), angle]))
         self.num_train_timesteps = num_train_timesteps
         self.t_max = float(num_train_timesteps - 1)
-        self.t_min = 0.0 if trajectory_end == "first_index" else -1.0
+        self.t_clean = -1.0
+        self.t_min = 0.0 if trajectory_end == "first_index" else self.t_clean
 
     @classmethod
     def from_diffusers(
@@ -229,7 +232,8 @@ class FlowSchedule(Schedule):
         self.time_distribution = time_distribution
         self.t_max = 1000.0
         first = self._shifted(torch.tensor(1e-3, dtype=torch.float64))
-        self.t_min = 0.0 if trajectory_end == "clean" else 1000.0 * float(first)
+        self.t_clean = 0.0
+        self.t_min = self.t_clean if trajectory_end == "clean" else 1000.0 * float(first)
 
     def _shifted(self, u: Tensor) -> Tensor:
         return self.shift * u / (1 + (self.shift - 1) * u)

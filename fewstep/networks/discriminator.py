@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -63,7 +64,7 @@ class Head(nn.Module):
     def __init__(self, channels: int, width: int = 64, kernel_size: int = 1) -> None:
         super().__init__()
         padding = kernel_size // 2
-        groups = max(1, width // 8)
+        groups = math.gcd(32, width)
 
         def block(inputs: int) -> nn.Sequential:
             return nn.Sequential(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import pickle
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,8 @@ def _version(path: Path) -> int:
 
 def _how_to_train(path: Path) -> str:
     if path.parts and path.parts[0] == "runs":
-        name = "/".join(part for part in path.parts[1:] if not part.startswith("version_"))
+        below = takewhile(lambda part: not part.startswith("version_"), path.parts[1:])
+        name = "/".join(below)
         return f"Train it first: fewstep fit -c experiments/{name}.yaml"
     return "Give the path of a .ckpt file or of a run's folder."
 

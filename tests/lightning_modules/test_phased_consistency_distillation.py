@@ -163,6 +163,58 @@ def test_with_guidance_and_as_many_phases_as_points_the_target_is_the_guided_ste
     torch.testing.assert_close(pair.target, module.schedule.jump(guided, previous))
 
 
+def test_substeps_of_a_coarse_grid_are_the_steps_of_the_fine_one(
+    teacher: Make, digit_batch: Batch
+) -> None:
+    module = PhasedConsistencyDistillation(
+        teacher, num_phases=20, num_grid_points=20, solver_substeps=2
+    )
+    module.configure_model()
+    draws = module.draw(digit_batch, torch_generator(0, "draws"))
+    pair = module.pair(digit_batch, draws)
+    t = module.phases.grid.times.home[draws.index]
+    middle, end = t - 25, (t - 50).clamp_min(0)
+    x_t = module.schedule.add_noise(digit_batch["sample"], draws.noise, t)
+    with torch.no_grad():
+        half = module.schedule.jump(module.teacher(x_t, t, digit_batch["cond"]), middle)
+        whole = module.schedule.jump(module.teacher(half, middle, digit_batch["cond"]), end)
+    torch.testing.assert_close(pair.target, whole)
+    assert module.evaluations()["teacher"].forward == 2
+
+
+def test_the_velocity_weighting_compares_mean_velocities(teacher: Make, digit_batch: Batch) -> None:
+    """For a v-prediction student and target at the same point, the jump's error over its length is
+    the error of the predicted velocity."""
+    module = PhasedConsistencyDistillation(
+        teacher, num_phases=4, num_grid_points=40, loss="l2", weighting="velocity"
+    )
+    module.configure_model()
+    draws = module.draw(digit_batch, torch_generator(0, "draws"))
+    pair = module.pair(digit_batch, draws)
+    t, s = pair.t, pair.s
+    x_t = module.schedule.add_noise(digit_batch["sample"], draws.noise, t)
+    velocity = module.student.raw(x_t, t, digit_batch["cond"])
+    shifted = module.student.interpret(velocity + 0.3, x_t, t)
+    moved = pair._replace(student=module.schedule.jump(module.student(x_t, t, pair.cond), s))
+    moved = moved._replace(target=module.schedule.jump(shifted, s))
+    assert float(module.consistency_loss(moved)) == pytest.approx(0.09, rel=1e-4)
+
+
+def test_favoured_edges_are_the_upper_ends_of_phases(teacher: Make, digit_batch: Batch) -> None:
+    module = PhasedConsistencyDistillation(
+        teacher, num_phases=4, num_grid_points=40, edge_share=0.5
+    )
+    module.configure_model()
+    batch: Batch = {**digit_batch, "sample": torch.zeros(8000, 1, 1, 1)}
+    index = module.draw(batch, torch_generator(0, "draws")).index
+    counts = torch.bincount(index, minlength=40) / 8000
+    upper = torch.tensor([9, 19, 29, 39])
+    torch.testing.assert_close(counts[upper], torch.full((4,), 0.1375), atol=0.015, rtol=0)
+    rest = torch.ones(40, dtype=torch.bool)
+    rest[upper] = False
+    torch.testing.assert_close(counts[rest], torch.full((36,), 0.0125), atol=0.006, rtol=0)
+
+
 def test_an_untrained_student_samples_as_the_teachers_ddim_at_the_same_times(
     teacher: Make,
 ) -> None:

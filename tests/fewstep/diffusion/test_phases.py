@@ -86,6 +86,8 @@ def test_phases_divide_the_grid(schedule: Schedule, num_points: int, num_phases:
     assert inside.sum(1).eq(1).all()
     assert torch.equal(lower, edges[:-1].expand_as(inside)[inside])
     assert torch.equal(upper, edges[1:].expand_as(inside)[inside])
+    # Samplers enter each phase at its upper edge.
+    assert torch.equal(times[division.last_index.home], edges[1:])
     # A solver step never leaves the phase; it ends on the edge from the phase's first index only.
     assert (previous >= lower).all()
     first = torch.cat([torch.tensor([True]), lower.diff() > 0])

@@ -124,6 +124,24 @@ def test_jump_solves_the_exponential_integral_for_constant_noise(schedule: Sched
     torch.testing.assert_close(schedule.jump(prediction, s), expected, rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "prediction_type"),
+    [(VPSchedule(), "v_prediction"), (FlowSchedule(3.0), "flow_prediction")],
+)
+def test_jump_length_is_how_far_a_unit_error_of_the_velocity_moves(
+    schedule: Schedule, prediction_type: PredictionType
+) -> None:
+    t, s = at(0.7 * schedule.t_max), at(0.2 * schedule.t_max)
+    x, velocity = randn(2, 3), randn(2, 3, seed=1)
+    right, wrong = (
+        schedule.jump(to_prediction(v, x, *schedule.levels(t, x), prediction_type), s)
+        for v in (velocity, velocity + 1)
+    )
+    expected = schedule.jump_length(t, s)[:, None].expand(2, 3)
+    torch.testing.assert_close(right - wrong, expected, rtol=0, atol=1e-12)
+    assert (expected > 0).all()
+
+
 @pytest.mark.parametrize("betas", ["scaled_linear", "linear", "squaredcos_cap_v2"])
 def test_vp_levels_are_those_of_diffusers(betas: str) -> None:
     alpha_bar = DDIMScheduler(beta_schedule=betas).alphas_cumprod.double()
