@@ -15,6 +15,7 @@ import yaml
 from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from scripts.cli import run_command
+from scripts.contact_sheet import contact_sheet, newest_picture
 from scripts.experiments import find_experiment, with_defaults
 from scripts.report import build_report
 
@@ -93,10 +94,31 @@ def main(arguments: list[str]) -> None:
         run_command(stage.arguments())
     table = summary(options.dir, options.seeds)
     (options.dir / "summary.md").write_text(table)
+    sheet = contact_sheet(
+        sample_pictures(options.dir, options.seeds[0]), options.dir / "samples.png"
+    )
     report = build_report(
         [stage.run for stage in stages], options.dir / "report.html", "Few-step digits"
     )
-    print(f"\n{table}\nReport: {report}   ({time.monotonic() - started:.0f} s)")
+    minutes = (time.monotonic() - started) / 60
+    print(f"\n{table}\nSamples: {sheet}\nReport:  {report}   ({minutes:.1f} minutes)")
+
+
+def sample_pictures(folder: Path, seed: int) -> list[tuple[str, Path]]:
+    """Captioned pictures of the teacher and all students, made from the same noise."""
+    teacher = Stage(TEACHER, seed, folder).run
+    counts = (1, 2, 4, 8, TEACHER_STEPS)
+    shown = [(f"teacher, {n} DDIM steps", newest_picture(teacher, "ema", n)) for n in counts]
+    lcm = Stage("digits/lcm", seed, folder).run
+    shown += [(f"LCM, {n} steps", newest_picture(lcm, "ema", n)) for n in (1, 2, 4, 8)]
+    last = STUDENTS[-1]
+    shown.append(
+        ("adversarial PCM, 1 step", newest_picture(Stage(last, seed, folder).run, "ema", 1))
+    )
+    for n in (2, 4, 8):
+        run = Stage(f"digits/pcm_{n}", seed, folder).run
+        shown.append((f"PCM, {n} steps", newest_picture(run, "ema", n)))
+    return shown
 
 
 def summary(folder: Path, seeds: Sequence[int]) -> str:
