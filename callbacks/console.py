@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 
 class Progress(TQDMProgressBar):
@@ -20,6 +21,10 @@ class Progress(TQDMProgressBar):
         super().on_train_start(trainer, pl_module)
         if not sys.stderr.isatty():
             self._refresh_rate = max(20, trainer.max_steps // 5)
+
+    def init_validation_tqdm(self) -> Tqdm:
+        """Validation is short here and needs no bar of its own."""
+        return Tqdm(disable=True)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Names the bar after the experiment: an endless stream has no epochs to count."""

@@ -52,7 +52,13 @@ class Parser(LightningArgumentParser):
     """A parser whose errors are one readable message."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        """Raises what is wrong with the configuration as a FewstepError."""
+        """Raises what is wrong with the configuration as a FewstepError.
+
+        The parsers jsonargparse makes for nested classes keep their own way: their messages are
+        parts of the outermost one.
+        """
+        if not self.exit_on_error:
+            super().error(message, ex)
         raise FewstepError(explain(str(message))) from ex
 
 

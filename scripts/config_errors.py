@@ -9,7 +9,9 @@ from collections.abc import Iterable
 
 from fewstep.errors import nearest
 
-_UNKNOWN = re.compile(r"Option '([\w.]+)' is not accepted")
+_UNKNOWN = re.compile(r"(?:Option '([\w.]+)' is not accepted|not accept option '([\w.]+)')")
+# What a factory (an optimiser, a backbone) was given, when the complaint is about one.
+_FACTORY = re.compile(r"is not accepted\. Got value: Namespace\(.*?class_path='([\w.]+)'")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _REASON = re.compile(
     r"^\s*(?:- )?(.*(?:Expected a|has no attribute|No module named|not a subclass).*)$", re.M
@@ -23,14 +25,15 @@ def explain(message: str) -> str:
     if unknown:
         # The innermost class before the complaint is the one that does not know the key.
         owners = _CLASS.findall(message[: unknown.start()])
-        key = unknown.group(1)
+        owners += _FACTORY.findall(message[unknown.start() :].split("\n")[0])
+        key = unknown.group(1) or unknown.group(2)
         if owners:
             known = list(_arguments_of(owners[-1]))
             return (
                 f"The configuration has an unknown key '{key}' for {owners[-1]}."
                 f"{nearest(key.split('.')[0], known)} Its options: {', '.join(known)}."
             )
-        return f"The configuration has an unknown key '{key}'.{nearest(key, _top_level(key))}"
+        return f"The configuration has an unknown key '{key}'.{nearest(key, _top_level())}"
     places = ".".join(dict.fromkeys(_WHERE.findall(message)))
     reasons = [r.strip() for r in _REASON.findall(message) if "NoneType" not in r]
     if reasons and places:
@@ -61,10 +64,10 @@ def _arguments_of(class_path: str) -> Iterable[str]:
     return found
 
 
-def _top_level(key: str) -> list[str]:
+def _top_level() -> list[str]:
     import lightning.pytorch as pl
 
     sections = ["model", "data", "trainer", "run", "seed_everything", "ckpt_path"]
     trainer = [f"trainer.{name}" for name in inspect.signature(pl.Trainer.__init__).parameters]
-    run = ["run.dir", "run.name", "run.version"]
-    return trainer + run if "." in key else sections
+    parts = ["model.class_path", "model.init_args", "data.class_path", "data.init_args"]
+    return [*sections, *trainer, *parts, "run.dir", "run.name", "run.version"]

@@ -128,7 +128,11 @@ def test_a_misspelt_experiment_is_named_with_the_nearest(
         ({"model": {"init_args": {"num_phase": 4}}}, "Did you mean 'num_phases'?"),
         ({"model": {"init_args": {"lr_decai": "cosine"}}}, "Did you mean 'lr_decay'?"),
         ({"trainer": {"max_stps": 4}}, "Did you mean 'trainer.max_steps'?"),
-        ({"modle": {}}, "Did you mean 'model'?"),
+        ({"modle": {"class_path": "x"}}, "Did you mean 'model.class_path'?"),
+        (
+            {"model": {"init_args": {"optimizer": {"init_args": {"weight_dekay": 1}}}}},
+            "Did you mean 'weight_decay'?",
+        ),
         ({"data": {"init_args": {"batchsize": 4}}}, "Did you mean 'batch_size'?"),
     ],
 )
