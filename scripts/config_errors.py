@@ -25,7 +25,7 @@ def explain(message: str) -> str:
     if unknown:
         # The innermost class before the complaint is the one that does not know the key.
         owners = _CLASS.findall(message[: unknown.start()])
-        owners += _FACTORY.findall(message[unknown.start() :].split("\n")[0])
+        owners += _FACTORY.findall(message[unknown.start() :].split("\n", maxsplit=1)[0])
         key = unknown.group(1) or unknown.group(2)
         if owners:
             known = list(_arguments_of(owners[-1]))
