@@ -71,7 +71,9 @@ def write_results(
     if not trainer.is_global_zero:
         return
     folder = Path(trainer.default_root_dir)
-    record: dict[str, Any] = dict(getattr(pl_module, "loaded_metadata", None) or {})
+    # Outside training the checkpoint says how long it was trained; in training the trainer does.
+    loaded = getattr(pl_module, "loaded_metadata", None) if trainer.state.fn != "fit" else None
+    record: dict[str, Any] = dict(loaded or {})
     updates = record.get("student_updates", trainer.global_step)
     measurements = {m.key(): asdict(m) for m in found}
     path = folder / FILE_NAME

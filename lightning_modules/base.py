@@ -83,6 +83,8 @@ class FewStepModule(pl.LightningModule):
         self.measured_steps = step_counts
         self.compile_blocks = compile_blocks
         self.provenance: dict[str, dict[str, str]] = {}
+        self.loaded_metadata: dict[str, Any] | None = None
+        self.training_cost: dict[str, Any] = {}
 
     # ------------------------------------------------------------------ what a method provides
 
@@ -296,12 +298,14 @@ class FewStepModule(pl.LightningModule):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the metadata that loading checks and rebuilds from."""
-        checkpoint[METADATA_KEY] = self.metadata()
+        """Adds the metadata that loading checks and rebuilds from; callbacks may add theirs."""
+        checkpoint.setdefault(METADATA_KEY, {}).update(self.metadata())
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Refuses a checkpoint of another experiment, naming the difference."""
-        check_same_experiment(checkpoint.get(METADATA_KEY), self.metadata())
+        stored = checkpoint.get(METADATA_KEY)
+        check_same_experiment(stored, self.metadata())
+        self.loaded_metadata = stored
 
     def state_dict(self, *args: Any, **kwargs: Any) -> Any:
         """The state without frozen roles, whose source and hash are in the metadata."""

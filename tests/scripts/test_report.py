@@ -43,6 +43,7 @@ def measured(
             "value": value,
             "num_steps": steps,
             "network_evaluations": guidance * steps,
+            "guidance_scale": 1.0,
             "role": role,
             "num_samples": 2048,
             "seed": seed,
