@@ -108,17 +108,21 @@ def sample_pictures(folder: Path, seed: int) -> list[tuple[str, Path]]:
     """Captioned pictures of the teacher and all students, made from the same noise."""
     teacher = Stage(TEACHER, seed, folder).run
     counts = (1, 2, 4, 8, TEACHER_STEPS)
-    shown = [(f"teacher, {n} DDIM steps", newest_picture(teacher, "ema", n)) for n in counts]
+    shown = [(f"teacher, {_steps(n)} of DDIM", newest_picture(teacher, "ema", n)) for n in counts]
     lcm = Stage("digits/lcm", seed, folder).run
-    shown += [(f"LCM, {n} steps", newest_picture(lcm, "ema", n)) for n in (1, 2, 4, 8)]
+    shown += [(f"LCM, {_steps(n)}", newest_picture(lcm, "ema", n)) for n in (1, 2, 4, 8)]
     last = STUDENTS[-1]
     shown.append(
         ("adversarial PCM, 1 step", newest_picture(Stage(last, seed, folder).run, "ema", 1))
     )
     for n in (2, 4, 8):
         run = Stage(f"digits/pcm_{n}", seed, folder).run
-        shown.append((f"PCM, {n} steps", newest_picture(run, "ema", n)))
+        shown.append((f"PCM, {_steps(n)}", newest_picture(run, "ema", n)))
     return shown
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
 
 
 def summary(folder: Path, seeds: Sequence[int]) -> str:
