@@ -11,9 +11,10 @@ DEFAULTS = "defaults.yaml"
 
 
 def experiments_root() -> Path:
-    """The ``experiments`` folder: of the working directory, else of the source tree."""
-    here = Path("experiments")
-    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "experiments"
+    """The ``experiments`` folder: of the working directory, the source tree or the package."""
+    scripts = Path(__file__).resolve().parent
+    candidates = (Path("experiments"), scripts.parent / "experiments", scripts / "experiments_data")
+    return next((folder for folder in candidates if folder.is_dir()), candidates[0])
 
 
 def find_experiment(name: str) -> Path:
@@ -35,9 +36,10 @@ def find_experiment(name: str) -> Path:
 def short_name(path: Path) -> str:
     """``experiments/digits/pcm.yaml`` is ``digits/pcm``; files elsewhere go by their stem."""
     parts = path.resolve().with_suffix("").parts
-    if "experiments" in parts:
-        last = len(parts) - 1 - parts[::-1].index("experiments")
-        return "/".join(parts[last + 1 :])
+    for folder in ("experiments", "experiments_data"):
+        if folder in parts:
+            last = len(parts) - 1 - parts[::-1].index(folder)
+            return "/".join(parts[last + 1 :])
     return path.stem
 
 
