@@ -1,7 +1,8 @@
 """Streaming datamodules; each yields the Batch of :mod:`fewstep.contracts`."""
 
 from datamodules.digits import Digits
-from datamodules.images import ImageShards
+from datamodules.mixed import Mixed
 from datamodules.mixture import RingData
+from datamodules.streaming import Shards
 
-__all__ = ["Digits", "ImageShards", "RingData"]
+__all__ = ["Digits", "Mixed", "RingData", "Shards"]

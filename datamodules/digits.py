@@ -16,7 +16,8 @@ import webdataset as wds
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from datamodules.images import ImageShards
+from datamodules.fields import ClassLabel, Images
+from datamodules.streaming import Shards
 
 NUM_HELD_OUT = 180
 RECORDS_PER_SHARD = 128
@@ -48,7 +49,7 @@ def write_digit_shards(folder: Path) -> None:
     partial.replace(folder)
 
 
-class Digits(ImageShards):
+class Digits(Shards):
     """The handwritten digits, written as shards on first use.
 
     1,617 training and 180 held-out images ``(1, 8, 8)`` with class labels 0 to 9.
@@ -56,7 +57,7 @@ class Digits(ImageShards):
     Args:
         folder: where the shards are, or will be written.
         batch_size: records a device and update.
-        num_workers: decoding processes a device.
+        num_workers: loading processes a device.
         max_damaged: damaged records tolerated in a run before it stops.
         seed: of the order.
     """
@@ -73,8 +74,8 @@ class Digits(ImageShards):
             shards=f"{folder}/train-*.tar",
             val_shards=f"{folder}/val-*.tar",
             batch_size=batch_size,
-            channels=1,
-            image_size=8,
+            sample=Images(size=8, channels=1),
+            conditions={"class_labels": ClassLabel(num_classes=10)},
             num_workers=num_workers,
             max_damaged=max_damaged,
             seed=seed,
@@ -85,3 +86,4 @@ class Digits(ImageShards):
         """Writes the shards unless their folder exists."""
         if not self.folder.exists():
             write_digit_shards(self.folder)
+        super().prepare_data()

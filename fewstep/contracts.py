@@ -16,13 +16,21 @@ class Batch(TypedDict):
         sample: pixels in [-1, 1] or latents, ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
         cond: conditioning under the backbone's own argument names, each ``(B, ...)``.
         key: which sample each one is.
-        skipped: names of records that could not be decoded and are missing from this batch.
+        prompt: captions, where text is encoded on the fly.
+        source: which part of a mixed data set the batch is from.
+        skipped: records that could not be decoded and are missing from this batch, and why.
+        notes: what else a datamodule counts about records, such as clips that were too short.
+        failed: an error that a loading process met; the datamodule raises it.
     """
 
     sample: Tensor
     cond: dict[str, Tensor]
     key: list[str]
+    prompt: NotRequired[list[str]]
+    source: NotRequired[str]
     skipped: NotRequired[list[str]]
+    notes: NotRequired[list[str]]
+    failed: NotRequired[str]
 
 
 @runtime_checkable

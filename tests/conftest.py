@@ -7,7 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import settings
 
+# The same examples on every machine, and no verdict on how busy it is.
+settings.register_profile("fewstep", deadline=None, derandomize=True)
+settings.load_profile("fewstep")
 torch.set_num_threads(1)  # the tensors are small: more threads only wait for one another
 
 

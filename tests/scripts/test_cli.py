@@ -169,8 +169,9 @@ def test_a_missing_shard_folder_is_one_message(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     Path("data.yaml").write_text(
-        "data: {class_path: datamodules.ImageShards, init_args: {shards: nowhere/*.tar, "
-        "val_shards: nowhere/*.tar, batch_size: 4, channels: 1}}"
+        "data: {class_path: datamodules.Shards, init_args: {shards: nowhere/*.tar, "
+        "val_shards: nowhere/*.tar, batch_size: 4, "
+        "sample: {class_path: datamodules.fields.Images}}}"
     )
     message = error_of(["fit", "-c", "digits/teacher", "-c", "data.yaml"], capsys)
     assert "the folder 'nowhere' does not exist" in message

@@ -1,0 +1,130 @@
+"""All records of a set of shards: their counts now, their places when they are read."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+from tqdm import tqdm
+
+from datamodules.index import (
+    MAX_MEMBER_BYTES,
+    SUFFIX,
+    Measure,
+    ShardIndex,
+    Summary,
+    scan,
+    summary,
+)
+from datamodules.sources import Sources
+
+READ_AT_ONCE = 16
+PARALLEL_FROM = 200  # shards: below, starting processes takes longer than they save
+
+
+@dataclass
+class Catalogue:
+    """The indexes of shards, by the shards' numbers.
+
+    Attributes:
+        shards: addresses.
+        files: the index of each, on this machine.
+        sizes: number of records of each.
+        kept: how many indexes stay in memory.
+    """
+
+    shards: list[str]
+    files: list[Path]
+    sizes: list[int]
+    kept: int = 64
+    _open: OrderedDict[int, ShardIndex] = field(default_factory=OrderedDict, repr=False)
+
+    def index(self, shard: int) -> ShardIndex:
+        """The index of one shard."""
+        if shard not in self._open:
+            self._open[shard] = ShardIndex.load(self.files[shard])
+            if len(self._open) > self.kept:
+                self._open.popitem(last=False)
+        self._open.move_to_end(shard)
+        return self._open[shard]
+
+    def digest(self) -> str:
+        """A name for this set of records: of the shards' names and sizes."""
+        lines = [
+            f"{s.rsplit('/', 1)[-1]} {n}" for s, n in zip(self.shards, self.sizes, strict=True)
+        ]
+        return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_open": OrderedDict()}  # workers read what they need themselves
+
+
+def catalogue(
+    sources: Sources,
+    shards: Sequence[str],
+    measure: Measure | None = None,
+    max_member_bytes: int = MAX_MEMBER_BYTES,
+) -> Catalogue:
+    """Finds the index of every shard, and makes those that are missing or outdated.
+
+    An index lies beside its shard, or, made here, in the cache: other people's folders are not
+    written to.
+
+    Args:
+        sources: where shards come from.
+        shards: addresses.
+        measure: see :func:`~datamodules.index.scan`; with it, an index without shapes is made anew.
+        max_member_bytes: larger members are refused.
+
+    Raises:
+        FewstepError: for a shard that cannot be read.
+    """
+    look = partial(_find, sources, shapes=measure is not None)
+    with ThreadPoolExecutor(READ_AT_ONCE) as pool:
+        found = list(pool.map(look, shards))
+    missing = [shard for shard, entry in zip(shards, found, strict=True) if entry is None]
+    if missing:
+        _make(sources, missing, measure, max_member_bytes)
+        found = [entry or look(shard) for shard, entry in zip(shards, found, strict=True)]
+    entries = [entry for entry in found if entry is not None]
+    assert len(entries) == len(shards)
+    sizes = [about.records for _, about in entries]
+    return Catalogue(list(shards), [path for path, _ in entries], sizes)
+
+
+def _find(sources: Sources, shard: str, shapes: bool) -> tuple[Path, Summary] | None:
+    for path in (sources.companion(shard, SUFFIX), sources.own(shard, SUFFIX)):
+        if path is None or not path.exists():
+            continue
+        about = summary(path)
+        current = not sources.is_local(shard) or about.speaks_of(sources.local(shard))
+        if current and (about.has_shapes or not shapes):
+            return path, about
+    return None
+
+
+def _make(
+    sources: Sources, shards: Sequence[str], measure: Measure | None, max_member_bytes: int
+) -> None:
+    job = partial(_make_one, sources, measure, max_member_bytes)
+    bar = partial(tqdm, total=len(shards), desc="Indexing shards", unit="shard", delay=2)
+    if len(shards) < PARALLEL_FROM:
+        for _ in bar(map(job, shards)):
+            pass
+        return
+    # Spawned: a fork would inherit the threads and connections of whoever looked for the indexes.
+    with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
+        for _ in bar(pool.map(job, shards, chunksize=4)):
+            pass
+
+
+def _make_one(sources: Sources, measure: Measure | None, max_member_bytes: int, shard: str) -> None:
+    path = sources.local(shard)
+    scan(path, max_member_bytes, measure).save(sources.own(shard, SUFFIX))
