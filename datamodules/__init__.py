@@ -3,6 +3,7 @@
 from datamodules.digits import Digits
 from datamodules.mixed import Mixed
 from datamodules.mixture import RingData
+from datamodules.moving_digits import MovingDigits
 from datamodules.streaming import Shards
 
-__all__ = ["Digits", "Mixed", "RingData", "Shards"]
+__all__ = ["Digits", "Mixed", "MovingDigits", "RingData", "Shards"]

@@ -100,11 +100,16 @@ def catalogue(
 
 
 def _find(sources: Sources, shard: str, shapes: bool) -> tuple[Path, Summary] | None:
-    for path in (sources.companion(shard, SUFFIX), sources.own(shard, SUFFIX)):
+    local = sources.is_local(shard)
+    ours = partial(sources.own, shard, SUFFIX)
+    beside = partial(sources.companion, shard, SUFFIX)
+    # Looking beside a remote shard costs a request; ours, if there, was made for want of that one.
+    for look in (beside, ours) if local else (ours, beside):
+        path = look()
         if path is None or not path.exists():
             continue
         about = summary(path)
-        current = not sources.is_local(shard) or about.speaks_of(sources.local(shard))
+        current = not local or about.speaks_of(sources.local(shard))
         if current and (about.has_shapes or not shapes):
             return path, about
     return None

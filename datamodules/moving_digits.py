@@ -1,294 +1,71 @@
-"""Clips of real handwritten digits that bounce in a square: a video data set with no download.
-
-Three kinds, for methods that learn motion from one set and appearance from another. ``clear``
-videos; ``watermarked`` videos, the same clips blurred and with a mark that stands still; and
-``crisp`` images, single frames of other clips with neither. Every clip is a pure function of its
-seed and number, and the train and val splits hold different handwritten digits.
-"""
+"""Moving digits: videos of real handwritten digits and crisp pictures of them, no download."""
 
 from __future__ import annotations
 
-import io
-import json
-import os
-import shutil
-from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
-import numpy.typing as npt
-import webdataset as wds
-from PIL import Image
-from sklearn.datasets import load_digits
-from tqdm import tqdm
-
-from datamodules.digits import NUM_HELD_OUT, SPLIT_SEED
-from datamodules.index import SUFFIX, scan
-from datamodules.video_files import pyav
-from fewstep.errors import FewstepError
-
-Kind = Literal["clear", "watermarked", "crisp"]
-Split = Literal["train", "val"]
-Floats = npt.NDArray[np.float64]
-
-BLUR = 1.0  # standard deviation in pixels
-MARK_OPACITY = 0.4
-MARK_STRIPES = 4  # that a frame's side would hold
-CRF = 10  # x264's quality: the mean error is under one of the 255 grey levels
-KEYFRAME_EVERY = 8
+from datamodules.fields import Caption, ClassLabel, Images, Videos
+from datamodules.moving_clips import Kind, Scene, write_moving_digits
+from datamodules.streaming import Shards
 
 
-@dataclass(frozen=True)
-class Scene:
-    """What all clips of a set share.
+class MovingDigits(Shards):
+    """Clips ``(1, F, H, W)`` of one or two digits that bounce, written as shards on first use.
+
+    Conditions are ``class_labels``, the first digit's class, and ``prompt``, such as "a 3 and an 8
+    moving". Needs the extra ``video``.
 
     Args:
+        folder: where the shards are, or will be written; each kind has its own below it.
+        kind: ``clear`` clips; ``watermarked`` ones, blurred and with a mark that stands still; or
+            ``crisp`` images ``(1, H, W)``, frames of other clips with neither.
+        num_clips, num_held_out: training clips and held-out clips, whose digits are others.
         num_frames: frames of a clip.
-        size: side in pixels, an even number of at least 16.
-        fps: frames a second that the files state.
-        max_digits: a clip has one digit to this many.
+        image_size: side of a frame.
+        batch_size: records a device and update.
+        num_workers: loading processes a device.
+        seed: of the order and the clips.
     """
 
-    num_frames: int = 16
-    size: int = 32
-    fps: int = 8
-    max_digits: int = 2
-
-    def __post_init__(self) -> None:
-        if min(self.num_frames, self.fps, self.max_digits) < 1:
-            raise FewstepError("A scene needs num_frames, fps and max_digits of at least 1.")
-        if self.size < 16 or self.size % 2:
-            raise FewstepError(f"A scene's size must be even and at least 16, not {self.size}.")
-
-    @property
-    def digit_size(self) -> int:
-        """Side of the square that a digit fills, in pixels."""
-        return self.size // 2
-
-
-@dataclass(frozen=True)
-class Clip:
-    """A clip and what is known about it.
-
-    Attributes:
-        frames: ``(F, H, W)`` uint8, light digits on black.
-        classes: ``n`` digits.
-        velocities: ``(n, 2)`` x and y in pixels a frame at the first frame.
-        centres: ``(n, F, 2)`` x and y of the centre of each digit's ink, in pixels; the centre of
-            the top left pixel is (0, 0).
-    """
-
-    frames: npt.NDArray[np.uint8]
-    classes: tuple[int, ...]
-    velocities: Floats
-    centres: Floats
-
-    @property
-    def caption(self) -> str:
-        """Such as "a 3 and an 8"."""
-        return " and ".join(f"{'an' if c == 8 else 'a'} {c}" for c in self.classes)
-
-
-def moving_clip(
-    number: int, seed: int, kind: Kind = "clear", split: Split = "train", scene: Scene | None = None
-) -> Clip:
-    """Draws a clip, a pure function of its arguments.
-
-    The clear and the watermarked clip of one number show the same motion; crisp clips others.
-    """
-    scene = scene or Scene()
-    rng = np.random.default_rng((seed, number, split == "val", kind == "crisp"))
-    images, labels = _digits(split)
-    count = int(rng.integers(1, scene.max_digits + 1))
-    chosen = rng.integers(len(labels), size=count)
-    angles, speeds = rng.uniform(0, 2 * np.pi, count), rng.uniform(0.5, 2.0, count)
-    velocities = speeds[:, None] * np.stack([np.cos(angles), np.sin(angles)], axis=-1)
-    room = scene.size - scene.digit_size
-    starts = rng.uniform(0, room, (count, 2))
-    elapsed = np.arange(scene.num_frames)[:, None]
-    corners = _bounced(starts[:, None] + elapsed * velocities[:, None], room)
-    frames = np.zeros((scene.num_frames, scene.size, scene.size))
-    for digit, track in zip(images[chosen], corners, strict=True):
-        drawn = np.stack([_placed(digit, corner, scene) for corner in track])
-        frames = np.maximum(frames, drawn)
-    if kind == "watermarked":
-        opacity = watermark(scene.size)
-        frames = _blurred(frames) * (1 - opacity) + opacity
-    return Clip(
-        frames=np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8),
-        classes=tuple(int(label) for label in labels[chosen]),
-        velocities=velocities,
-        centres=corners + _ink_centres(images[chosen], scene)[:, None],
-    )
-
-
-def watermark(size: int) -> Floats:
-    """Opacity of the white mark in each pixel, ``(size, size)``: soft stripes at the lower right.
-
-    Where it is zero nothing of the mark is seen, so sharpness is best measured there.
-    """
-    row, column = (np.mgrid[:size, :size] + 0.5) / size
-    stripes = 0.5 - 0.5 * np.cos(2 * np.pi * (row + column) * MARK_STRIPES)
-    # Fading out at its borders, the mark is as soft as the blurred digits below it.
-    down, across = (np.clip((row - 0.6) / 0.35, 0, 1), np.clip((column - 0.5) / 0.45, 0, 1))
-    return MARK_OPACITY * stripes * 4 * np.sqrt(down * (1 - down) * across * (1 - across))
-
-
-def encode_mp4(frames: npt.NDArray[np.uint8], fps: int) -> bytes:
-    """Encodes grey frames ``(F, H, W)`` with even sides; the same frames give the same bytes.
-
-    The format is yuv420p: what it saves is colour, of which there is none here, and unlike yuv444p
-    every player and hardware decoder knows it.
-    """
-    av = pyav()
-    buffer = io.BytesIO()
-    with av.open(buffer, "w", format="mp4") as container:
-        stream = container.add_stream("libx264", rate=fps)
-        stream.height, stream.width = frames.shape[1:]
-        stream.pix_fmt = "yuv420p"
-        stream.options = {"crf": str(CRF), "g": str(KEYFRAME_EVERY)}
-        stream.codec_context.thread_count = 1  # x264 writes the number into the file
-        for frame in frames:
-            rgb = np.repeat(frame[..., None], 3, axis=-1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(rgb, format="rgb24")))
-        container.mux(stream.encode())
-    return buffer.getvalue()
-
-
-def moving_digits_record(
-    number: int, seed: int, kind: Kind, split: Split, scene: Scene
-) -> dict[str, Any]:
-    """One WebDataset record: ``mp4`` or ``png``, and ``txt``, ``cls`` and ``json``."""
-    clip = moving_clip(number, seed, kind, split, scene)
-    record: dict[str, Any] = {
-        "__key__": f"{number:06d}",
-        "txt": clip.caption if kind == "crisp" else f"{clip.caption} moving",
-        "cls": str(clip.classes[0]).encode(),
-    }
-    centres = clip.centres
-    if kind == "crisp":
-        moment = int(
-            np.random.default_rng((seed, number, split == "val", 2)).integers(scene.num_frames)
+    def __init__(
+        self,
+        folder: str = "data/moving_digits",
+        kind: Kind = "clear",
+        num_clips: int = 4096,
+        num_held_out: int = 256,
+        num_frames: int = 16,
+        image_size: int = 32,
+        batch_size: int = 32,
+        num_workers: int = 0,
+        seed: int = 0,
+    ) -> None:
+        self.scene = Scene(num_frames=num_frames, size=image_size)
+        self.kind: Kind = kind
+        self.num_clips, self.num_held_out = num_clips, num_held_out
+        self.folder = Path(folder) / f"{kind}-{num_frames}x{image_size}-{num_clips}-seed{seed}"
+        super().__init__(
+            shards=f"{self.folder}/train-*.tar",
+            val_shards=f"{self.folder}/val-*.tar",
+            batch_size=batch_size,
+            sample=(
+                Images(size=image_size, channels=1)
+                if kind == "crisp"
+                else Videos(num_frames, image_size, channels=1)
+            ),
+            conditions={"class_labels": ClassLabel(num_classes=10), "prompt": Caption()},
+            num_workers=num_workers,
+            seed=seed,
         )
-        centres = centres[:, moment : moment + 1]
-        encoded = io.BytesIO()
-        Image.fromarray(clip.frames[moment]).save(encoded, format="PNG")
-        record["png"] = encoded.getvalue()
-    else:
-        record["mp4"] = encode_mp4(clip.frames, scene.fps)
-    facts = {
-        "fps": scene.fps,
-        "classes": clip.classes,
-        "velocities": clip.velocities.round(4).tolist(),
-        "centres": centres.round(4).tolist(),
-    }
-    return {**record, "json": json.dumps(facts).encode()}
 
-
-def write_moving_digits(
-    folder: Path,
-    kind: Kind,
-    num_clips: int,
-    num_held_out: int,
-    seed: int = 0,
-    workers: int = 0,
-    scene: Scene | None = None,
-    clips_per_shard: int = 256,
-) -> None:
-    """Writes ``train-*.tar`` and ``val-*.tar`` below ``folder`` with their indices, all or nothing.
-
-    Args:
-        folder: is replaced if it exists.
-        kind: clear or watermarked videos, or crisp images.
-        num_clips: training clips.
-        num_held_out: clips of the val split.
-        seed: of everything drawn.
-        workers: processes that draw and encode, 0 for this one; the files are the same.
-        scene: size, length and frame rate.
-        clips_per_shard: records a shard.
-
-    Raises:
-        FewstepError: if PyAV, which encodes the videos, is not installed.
-    """
-    if kind != "crisp":
-        pyav()
-    partial_folder = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
-    partial_folder.mkdir(parents=True, exist_ok=True)
-    try:
-        splits: tuple[tuple[Split, int], ...] = (("train", num_clips), ("val", num_held_out))
-        for split, count in splits:
-            if not count:
-                continue
-            make = partial(
-                moving_digits_record, seed=seed, kind=kind, split=split, scene=scene or Scene()
+    def prepare_data(self) -> None:
+        """Writes the shards unless they exist."""
+        if not self.folder.exists():
+            write_moving_digits(
+                self.folder,
+                self.kind,
+                self.num_clips,
+                self.num_held_out,
+                self.seed,
+                scene=self.scene,
             )
-            pattern = str(partial_folder / f"{split}-%06d.tar")
-            # A fixed time in the headers, so that the same seed gives the same files.
-            with wds.ShardWriter(pattern, maxcount=clips_per_shard, verbose=0, mtime=0) as writer:
-                records = _in_order(make, count, workers)
-                for record in tqdm(records, f"{kind} {split}", count, disable=None):
-                    writer.write(record)
-        for shard in sorted(partial_folder.glob("*.tar")):
-            scan(shard).save(shard.with_name(shard.name + SUFFIX))
-        shutil.rmtree(folder, ignore_errors=True)
-        partial_folder.replace(folder)
-    finally:
-        shutil.rmtree(partial_folder, ignore_errors=True)
-
-
-def _in_order(make: partial[dict[str, Any]], count: int, workers: int) -> Iterator[dict[str, Any]]:
-    if not workers:
-        yield from map(make, range(count))
-        return
-    with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(make, range(count), chunksize=16)
-
-
-@cache
-def _digits(split: Split) -> tuple[Floats, npt.NDArray[np.int64]]:
-    """Grey values ``(n, 8, 8)`` from 0 to 1 and classes of a split."""
-    data = load_digits()
-    order = np.random.default_rng(SPLIT_SEED).permutation(len(data.target))
-    numbers = order[:NUM_HELD_OUT] if split == "val" else order[NUM_HELD_OUT:]
-    return data.images[numbers] / 16, data.target[numbers]
-
-
-def _bounced(positions: Floats, room: float) -> Floats:
-    """Reflects straight lines at walls at 0 and ``room``."""
-    folded = positions % (2 * room)
-    return np.minimum(folded, 2 * room - folded)
-
-
-def _placed(digit: Floats, corner: Floats, scene: Scene) -> Floats:
-    """A digit with its upper left corner at x, y, between pixels where need be: ``(H, W)``."""
-    across, down = (_interpolation(offset, scene) for offset in corner)
-    return down @ np.pad(digit, 2) @ across.T
-
-
-def _interpolation(offset: float, scene: Scene) -> Floats:
-    """Keys' cubic weights of a digit's pixels, margin of 2, in a frame's, ``(size, 12)``."""
-    pixel = (np.arange(scene.size) + 0.5 - offset) * 8 / scene.digit_size - 0.5
-    distance = np.abs(pixel[:, None] + 2 - np.arange(12))
-    near = 1.5 * distance**3 - 2.5 * distance**2 + 1
-    far = -0.5 * distance**3 + 2.5 * distance**2 - 4 * distance + 2
-    return np.where(distance < 1, near, np.where(distance < 2, far, 0.0))
-
-
-def _ink_centres(digits: Floats, scene: Scene) -> Floats:
-    """The centres of the digits' ink: x and y from their corners, ``(n, 2)``."""
-    middles = (np.arange(8) + 0.5) * scene.digit_size / 8 - 0.5
-    ink = digits.sum(axis=(1, 2))
-    across, down = digits.sum(axis=1) @ middles, digits.sum(axis=2) @ middles
-    return np.stack([across, down], axis=-1) / ink[:, None]
-
-
-def _blurred(frames: Floats) -> Floats:
-    """Gaussian blur within each frame, ``(F, H, W)``."""
-    distance = np.subtract.outer(np.arange(frames.shape[-1]), np.arange(frames.shape[-1]))
-    weights = np.exp(-0.5 * (distance / BLUR) ** 2)
-    weights /= weights.sum(axis=1, keepdims=True)
-    return weights @ frames @ weights.T
+        super().prepare_data()

@@ -20,8 +20,7 @@ from moto.server import ThreadedMotoServer
 from servers import Fault, FaultyProxy, FaultyServer, GoogleServer, HubServer, running
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules import prefetch, remote, shard_cache
-from datamodules.sources import Sources
+from datamodules.sources import Sources, cache, prefetch, remote
 from fewstep.errors import FewstepError
 
 MIB = 2**20
@@ -373,7 +372,7 @@ def test_room_is_taken_as_soon_as_a_download_begins(server: FaultyServer, make: 
     thread = threading.Thread(target=sources.local, args=(first,))
     thread.start()
     eventually(lambda: (sources.root / "shards").exists() and bool(shards_in(sources)))
-    with pytest.raises(shard_cache.BusyError):
+    with pytest.raises(cache.BusyError):
         sources.cache.shard(second, "b", wait=False)
     assert sources.local(second).read_bytes() == server.files["/b.tar"]  # waits for room
     thread.join()
@@ -753,4 +752,4 @@ def test_the_cache_is_where_the_environment_says(
 ) -> None:
     monkeypatch.setenv("FEWSTEP_CACHE", str(tmp_path))
     assert Sources().root == tmp_path / "shards"
-    assert shard_cache.GIB == 2**30
+    assert cache.GIB == 2**30

@@ -8,9 +8,9 @@ import threading
 from contextlib import suppress
 from pathlib import Path
 
-from datamodules.addresses import shown
-from datamodules.remote import PerProcess
-from datamodules.shard_cache import BusyError, ShardCache
+from datamodules.sources.addresses import shown
+from datamodules.sources.cache import BusyError, ShardCache
+from datamodules.sources.remote import PerProcess
 from fewstep.errors import FewstepError
 
 logger = logging.getLogger(__name__)

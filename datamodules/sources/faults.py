@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import TypeVar
 
-from datamodules.addresses import shown
+from datamodules.sources.addresses import shown
 from fewstep.errors import FewstepError
 
 logger = logging.getLogger(__name__)

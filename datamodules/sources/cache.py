@@ -16,9 +16,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from datamodules.addresses import shown
-from datamodules.faults import TruncatedError, patiently
-from datamodules.remote import Remote
+from datamodules.sources.addresses import shown
+from datamodules.sources.faults import TruncatedError, patiently
+from datamodules.sources.remote import Remote
 from fewstep.errors import FewstepError
 
 logger = logging.getLogger(__name__)

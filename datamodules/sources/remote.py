@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from datamodules.addresses import PROTOCOLS, shown
-from datamodules.faults import Patience, patiently
+from datamodules.sources.addresses import PROTOCOLS, shown
+from datamodules.sources.faults import Patience, patiently
 from fewstep.errors import FewstepError, nearest
 
 NEEDED = {  # the package behind each protocol, and what to install for it

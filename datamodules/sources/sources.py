@@ -17,11 +17,11 @@ from typing import Any
 
 import braceexpand
 
-from datamodules.addresses import LOCAL_SCHEMES, identity, plain, scheme_of, shown
-from datamodules.faults import DeniedError, MissingError, Patience
-from datamodules.prefetch import prefetch
-from datamodules.remote import Remote
-from datamodules.shard_cache import ShardCache
+from datamodules.sources.addresses import LOCAL_SCHEMES, identity, plain, scheme_of, shown
+from datamodules.sources.cache import ShardCache
+from datamodules.sources.faults import DeniedError, MissingError, Patience
+from datamodules.sources.prefetch import prefetch
+from datamodules.sources.remote import Remote
 from fewstep.errors import FewstepError
 
 logger = logging.getLogger(__name__)
