@@ -75,7 +75,7 @@ def film(size: int, frames: int, number: int) -> dict[str, bytes]:
 
 
 def every_frame(data: bytes, frames: int, size: int) -> np.ndarray[Any, Any]:
-    """Decodes and converts a whole file, then takes the middle clip."""
+    """Decodes and converts a whole file, as readers without seeking do, then takes its middle."""
     import av
 
     with av.open(io.BytesIO(data), "r") as container:
@@ -93,7 +93,7 @@ def write(folder: Path, make: Make, records: int, per_shard: int) -> Path:
     folder.mkdir(parents=True)
     writer = wds.ShardWriter(str(folder / "%06d.tar"), maxcount=per_shard, verbose=0)
     with writer:
-        for number in tqdm(range(records), f"Writing {folder.name}", leave=False):
+        for number in tqdm(range(records), f"Writing {folder.name}", leave=False, disable=None):
             writer.write({"__key__": f"{number:08d}", **make(number)})
     for shard in sorted(folder.glob("*.tar")):
         scan(shard).save(Path(f"{shard}{SUFFIX}"))
@@ -115,7 +115,7 @@ def theirs(
 ) -> Iterable[Any]:
     """A plain webdataset pipeline that shuffles and decodes, endlessly."""
     shards = sorted(map(str, folder.glob("*.tar")))
-    data = wds.WebDataset(shards, resampled=True, shardshuffle=True, empty_check=False)
+    data = wds.WebDataset(shards, resampled=True, shardshuffle=False, empty_check=False)
     data = data.shuffle(1000).to_tuple(extension, "__key__").map_tuple(decode, str)
     return wds.WebLoader(data.batched(options.batch), batch_size=None, num_workers=options.workers)
 
