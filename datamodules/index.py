@@ -24,6 +24,7 @@ from fewstep.errors import FewstepError
 
 SUFFIX = ".index"
 FORMAT = "fewstep shard index 1"
+ABOUT = "about"
 MAX_MEMBER_BYTES = 256 * 2**20
 ABSENT = -1
 BLOCK = 512  # bytes of a tar header, and what members are padded to
@@ -95,16 +96,17 @@ class ShardIndex:
         }
         if self.shapes is not None:
             arrays["shapes"] = self.shapes
-        metadata = {
+        about = {
             "format": FORMAT,
-            "extensions": json.dumps(self.extensions),
-            "records": str(len(self)),
-            "tar_bytes": str(self.tar_bytes),
-            "last": json.dumps(self._last()),
+            "extensions": self.extensions,
+            "records": len(self),
+            "tar_bytes": self.tar_bytes,
+            "last": self._last(),
         }
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
-        save_file(arrays, partial, metadata)
+        # In one entry: safetensors would write several in another order each time.
+        save_file(arrays, partial, {ABOUT: json.dumps(about)})
         partial.replace(path)
 
     @classmethod
@@ -121,10 +123,10 @@ class ShardIndex:
             blob, ends = arrays["keys"].tobytes(), arrays["key_ends"].tolist()
             return cls(
                 keys=[blob[a:b].decode() for a, b in zip([0, *ends], ends, strict=False)],
-                extensions=tuple(json.loads(metadata["extensions"])),
+                extensions=tuple(metadata["extensions"]),
                 offsets=arrays["offsets"],
                 sizes=arrays["sizes"],
-                tar_bytes=int(metadata["tar_bytes"]),
+                tar_bytes=metadata["tar_bytes"],
                 shapes=arrays.get("shapes"),
             )
         except (SafetensorError, KeyError, ValueError, OSError) as error:
@@ -179,10 +181,10 @@ def summary(path: Path) -> Summary:
         with safe_open(path, framework="numpy") as file:
             metadata = _metadata(file, path)
             return Summary(
-                records=int(metadata["records"]),
-                tar_bytes=int(metadata["tar_bytes"]),
+                records=metadata["records"],
+                tar_bytes=metadata["tar_bytes"],
                 has_shapes="shapes" in file.keys(),  # noqa: SIM118 (it is no mapping)
-                last=tuple(json.loads(metadata["last"])),
+                last=tuple(metadata["last"]),
             )
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
@@ -278,11 +280,11 @@ def _shapes(
     return shapes
 
 
-def _metadata(file: safe_open, path: Path) -> dict[str, str]:
-    metadata: dict[str, str] = file.metadata() or {}
-    if metadata.get("format") != FORMAT:
+def _metadata(file: safe_open, path: Path) -> dict[str, Any]:
+    about: dict[str, Any] = json.loads((file.metadata() or {}).get(ABOUT, "{}"))
+    if about.get("format") != FORMAT:
         raise FewstepError(f"'{path}' is no index of a shard; delete it and it is made anew.")
-    return metadata
+    return about
 
 
 def _damaged(path: Path, error: Exception) -> FewstepError:

@@ -21,6 +21,7 @@ such as --trainer.max_steps 2000; --print_config shows all of them):
 
 other commands:
   report     one self-contained HTML page from any set of run folders
+  shards     make, index, encode and check the shards that training data streams from
   demo       a teacher, its few-step students and their report, on this machine
 
 `fewstep COMMAND --help` tells the options of a command.
@@ -46,12 +47,16 @@ def run(arguments: list[str]) -> None:
         from scripts.report import main as report
 
         report(arguments[1:])
+    elif command == "shards":
+        from scripts.shards import main as shards
+
+        shards(arguments[1:])
     elif command == "demo":
         from scripts.demo import main as demo
 
         demo(arguments[1:])
     else:
-        known = [*EXPERIMENT_COMMANDS, "report", "demo"]
+        known = [*EXPERIMENT_COMMANDS, "report", "shards", "demo"]
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "
             f"Commands: {', '.join(known)}; `fewstep --help` tells more."

@@ -15,6 +15,7 @@ from datamodules.fields import image_shape
 from datamodules.index import SUFFIX, ShardIndex, scan, summary
 from datamodules.sources import Sources
 from fewstep.errors import FewstepError
+
 from shard_files import png, write_numbered, write_tar
 
 
@@ -56,6 +57,8 @@ def test_an_index_survives_being_saved(tmp_path: Path) -> None:
     index = scan(shard, measure=image_shape)
     index.save(tmp_path / "a.tar.index")
     again = ShardIndex.load(tmp_path / "a.tar.index")
+    again.save(tmp_path / "again")
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "a.tar.index").read_bytes()
     for number in range(2):
         assert again.record(number, "s") == index.record(number, "s")
     assert again.record(1, "s").parts.keys() == {"cls"}

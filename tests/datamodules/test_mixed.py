@@ -16,6 +16,7 @@ from datamodules import Mixed
 from datamodules.fields import Images
 from datamodules.mixed import Turns
 from fewstep.errors import FewstepError
+
 from shard_files import FakeTrainer, shards, write_numbered
 
 WEIGHTS = {"clips": 3.0, "pictures": 1.0}

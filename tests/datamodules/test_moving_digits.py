@@ -10,6 +10,7 @@ import pytest
 
 from datamodules import Mixed, MovingDigits
 from datamodules.moving_clips import moving_clip
+
 from shard_files import FakeTrainer, read
 
 

@@ -17,11 +17,12 @@ from typing import Any
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
-from servers import Fault, FaultyProxy, FaultyServer, GoogleServer, HubServer, running
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.sources import Sources, cache, prefetch, remote
 from fewstep.errors import FewstepError
+
+from servers import Fault, FaultyProxy, FaultyServer, GoogleServer, HubServer, running
 
 MIB = 2**20
 ROOT = Path(__file__).parents[2]

@@ -19,6 +19,7 @@ from sklearn.datasets import load_digits
 from datamodules import Digits, Shards
 from datamodules.fields import Caption, Images, Latents, Tensors
 from fewstep.errors import FewstepError
+
 from shard_files import (
     FakeTrainer,
     encoded,

@@ -12,6 +12,7 @@ import torch
 
 from datamodules import Shards
 from datamodules.fields import ClassLabel, Images
+
 from shard_files import write_numbered
 
 

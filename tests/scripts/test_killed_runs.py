@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+
 from key_log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]

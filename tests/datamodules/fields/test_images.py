@@ -11,6 +11,7 @@ from PIL import Image
 
 from datamodules.fields import Images, image_shape
 from datamodules.fields.images import nearest_aspect
+
 from shard_files import encoded, png
 
 

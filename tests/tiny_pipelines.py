@@ -1,0 +1,195 @@
+"""Diffusers pipelines with tiny random networks, saved to folders."""
+
+from __future__ import annotations
+
+import json
+import string
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AnimateDiffPipeline,
+    AutoencoderKL,
+    AutoencoderKLWan,
+    AutoencoderTiny,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+    UNet3DConditionModel,
+    WanPipeline,
+    WanTransformer3DModel,
+)
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    PreTrainedTokenizerFast,
+    UMT5Config,
+    UMT5EncoderModel,
+)
+
+WIDTH = 16
+
+
+def clip_tokenizer(folder: Path) -> CLIPTokenizer:
+    """A tokenizer that knows letters and nothing else."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = list(string.ascii_lowercase)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters)]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    for special in ("<|startoftext|>", "<|endoftext|>"):
+        vocabulary[special] = len(vocabulary)
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=77)
+
+
+def clip_config() -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=54,
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        projection_dim=WIDTH,
+        bos_token_id=52,
+        eos_token_id=53,
+    )
+
+
+def unet() -> UNet2DConditionModel:
+    """Never run here, only saved, so that loading can leave it out."""
+    return UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(8, 16),
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        cross_attention_dim=WIDTH,
+        norm_num_groups=4,
+        attention_head_dim=4,
+    )
+
+
+def image_vae(**config: Any) -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        latent_channels=4,
+        norm_num_groups=4,
+        **config,
+    )
+
+
+def tiny_vae() -> AutoencoderTiny:
+    return AutoencoderTiny(
+        encoder_block_out_channels=(8, 8),
+        decoder_block_out_channels=(8, 8),
+        num_encoder_blocks=(1, 1),
+        num_decoder_blocks=(1, 1),
+    )
+
+
+def save_stable_diffusion(folder: Path, vae: Any = None) -> Path:
+    torch.manual_seed(0)
+    StableDiffusionPipeline(
+        vae=vae or image_vae(scaling_factor=0.5, shift_factor=0.25),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(folder / "made"),
+        unet=unet(),
+        scheduler=DDIMScheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_stable_diffusion_xl(folder: Path) -> Path:
+    torch.manual_seed(0)
+    tokenizer = clip_tokenizer(folder / "made")
+    StableDiffusionXLPipeline(
+        vae=image_vae(scaling_factor=0.13),
+        text_encoder=CLIPTextModel(clip_config()),
+        text_encoder_2=CLIPTextModelWithProjection(clip_config()),
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=unet(),
+        scheduler=DDIMScheduler(),
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_text_to_video(folder: Path, kind: type[Any]) -> Path:
+    """A TextToVideoSDPipeline or an AnimateDiffPipeline."""
+    torch.manual_seed(0)
+    networks: dict[str, Any] = {"unet": unet()}
+    if kind is AnimateDiffPipeline:
+        networks["motion_adapter"] = MotionAdapter(
+            block_out_channels=(8, 16),
+            motion_layers_per_block=1,
+            motion_num_attention_heads=2,
+            motion_norm_num_groups=4,
+        )
+    else:
+        networks["unet"] = UNet3DConditionModel(
+            sample_size=8,
+            layers_per_block=1,
+            block_out_channels=(8, 16),
+            down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+            up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"),
+            cross_attention_dim=WIDTH,
+            norm_num_groups=4,
+            attention_head_dim=4,
+        )
+    kind(
+        vae=image_vae(scaling_factor=0.5),
+        text_encoder=CLIPTextModel(clip_config()),
+        tokenizer=clip_tokenizer(folder / "made"),
+        scheduler=DDIMScheduler(),
+        **networks,
+    ).save_pretrained(folder)
+    return folder
+
+
+def save_wan(folder: Path) -> Path:
+    torch.manual_seed(0)
+    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "moving": 4, "and": 5}
+    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    raw.pre_tokenizer = pre_tokenizers.Whitespace()
+    WanPipeline(
+        vae=AutoencoderKLWan(
+            base_dim=4,
+            z_dim=4,
+            dim_mult=[1, 1, 1, 1],
+            num_res_blocks=1,
+            temperal_downsample=[False, True, True],
+            latents_mean=[0.1, -0.2, 0.3, 0.0],
+            latents_std=[2.0, 1.5, 0.5, 1.0],
+        ),
+        text_encoder=UMT5EncoderModel(
+            UMT5Config(vocab_size=8, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
+        ),
+        tokenizer=PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+            tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+        ),
+        transformer=WanTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=12,
+            in_channels=4,
+            out_channels=4,
+            text_dim=WIDTH,
+            freq_dim=16,
+            ffn_dim=32,
+            num_layers=1,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+    ).save_pretrained(folder)
+    return folder
