@@ -20,6 +20,7 @@ import torch
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -30,7 +31,9 @@ from fewstep.networks import ema_update, warmed_up_decay
 from fewstep.networks.loading import METADATA_KEY
 from fewstep.seeding import torch_generator
 from lightning_modules.checks import check_same_experiment, load_strictly
+from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
 from lightning_modules.optimisation import Draws, learning_rate_factor, micro_batches
+from lightning_modules.parallel import ShardedStrategy, shard
 from lightning_modules.roles import Evaluations, Update, frozen, run_seed
 
 
@@ -85,6 +88,7 @@ class FewStepModule(pl.LightningModule):
         self.provenance: dict[str, dict[str, str]] = {}
         self.loaded_metadata: dict[str, Any] | None = None
         self.training_cost: dict[str, Any] = {}
+        self._averagers: dict[str, GradientAverager | None] = {}
 
     # ------------------------------------------------------------------ what a method provides
 
@@ -134,6 +138,19 @@ class FewStepModule(pl.LightningModule):
             frozen(getattr(self, role))
         if self.compile_blocks:
             self._compile()
+        self._place_on_devices()
+
+    def _place_on_devices(self) -> None:
+        """Shards each role, or prepares the averaging of its gradients."""
+        trainer = self._trainer
+        if trainer is None or trainer.world_size == 1:
+            return
+        if isinstance(trainer.strategy, ShardedStrategy):
+            mixed = trainer.precision == "bf16-mixed"
+            for role in (*self.trained_roles, "ema", *self.frozen_roles):
+                if getattr(self, role, None) is not None:
+                    low = torch.bfloat16 if mixed and role != "ema" else None
+                    shard(getattr(self, role), trainer.strategy.shard_mesh, low)
 
     def _compile(self) -> None:
         for role in ("student", "ema", *self.frozen_roles):
@@ -165,15 +182,15 @@ class FewStepModule(pl.LightningModule):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One student update, and one of each other trained role."""
-        generator = self._generator("train", self.student_updates)
-        draws = self.draw(batch, generator)
+        draws = self._global_draws(batch)
         logs: dict[str, Tensor] = {}
-        for share, part, drawn in micro_batches(batch, draws, self.accumulate):
+        parts = list(micro_batches(batch, draws, self.accumulate))
+        for number, (share, part, drawn) in enumerate(parts):
             for update in self.updates(part, drawn):
-                # `inputs` keeps gradient out of every other role without toggling requires_grad.
-                self.manual_backward(update.loss * share, inputs=self._parameters_of(update.role))
+                self._backward(update.loss * share, update.role, last=number == len(parts) - 1)
                 for name, value in update.logs.items():
                     logs[name] = logs.get(name, 0) + share * value.detach()
+        logs = self._mean_over_ranks(logs)
         for role, optimizer in zip(self.trained_roles, self._optimizers(), strict=True):
             logs[f"{role}_grad_norm"] = self._step(role, optimizer)
         if self.ema is not None and self.ema_decay is not None:
@@ -183,11 +200,57 @@ class FewStepModule(pl.LightningModule):
             ema_update(self.ema, self.student, decay)
         self.log_dict({f"train/{name}": value for name, value in logs.items()})
 
+    def _global_draws(self, batch: Batch) -> Draws:
+        """This rank's rows of what is drawn for the batches of all ranks together.
+
+        So a step draws the same for the same samples, on however many devices they are.
+        """
+        generator = self._generator("train", self.student_updates, 0)
+        world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
+        if world == 1:
+            return self.draw(batch, generator)
+        shapes = batch["sample"][:1].expand(world * size, *batch["sample"].shape[1:])
+        everyone: Batch = {**batch, "sample": shapes}
+        return self.draw(everyone, generator).rows(slice(rank * size, (rank + 1) * size))
+
+    def _backward(self, loss: Tensor, role: str, last: bool) -> None:
+        """Adds a loss's gradient to its role, and to no other."""
+        own = self._parameters_of(role)
+        others = [p for r in self.trained_roles if r != role for p in self._parameters_of(r)]
+        averager = self._averager(role) if last else None
+        if averager is not None:
+            averager.arm()
+        if is_sharded(own) or is_sharded(others):
+            with kept_out(others):
+                self.manual_backward(loss)
+        else:
+            # `inputs` keeps gradient out of every other role without toggling requires_grad.
+            self.manual_backward(loss, inputs=own)
+        if averager is not None:
+            averager.finish()
+
+    def _averager(self, role: str) -> GradientAverager | None:
+        """Averages what FSDP2 does not: replicated parameters, where there are several ranks."""
+        if self.trainer.world_size == 1:
+            return None
+        if role not in self._averagers:
+            replicated = [p for p in self._parameters_of(role) if not is_sharded([p])]
+            self._averagers[role] = GradientAverager(replicated) if replicated else None
+        return self._averagers[role]
+
+    def _mean_over_ranks(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.trainer.world_size == 1:
+            return logs
+        values = self.trainer.strategy.reduce(torch.stack(list(logs.values())), reduce_op="mean")
+        return dict(zip(logs, cast(Tensor, values).unbind(), strict=True))
+
     def _step(self, role: str, optimizer: LightningOptimizer) -> Tensor:
         """Clips and steps one role; returns its gradient norm before clipping."""
         parameters = self._parameters_of(role)
         limit = float("inf") if self.gradient_clip is None else self.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
         if role == "student":
             optimizer.step()
         else:
@@ -221,14 +284,14 @@ class FewStepModule(pl.LightningModule):
         return cast(list[LambdaLR], found if isinstance(found, list) else [found])
 
     def _generator(self, stream: str, *counters: int) -> torch.Generator:
-        """Random numbers that depend on (seed, stream, counters, rank) alone, for exact resume."""
-        return torch_generator(run_seed(), stream, *counters, self.global_rank, device=self.device)
+        """Random numbers that depend on (seed, stream, counters) alone, for exact resume."""
+        return torch_generator(run_seed(), stream, *counters, device=self.device)
 
     # ------------------------------------------------------------------ validation and sampling
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The training losses on held-out data, with the same draws at every validation."""
-        draws = self.draw(batch, self._generator("validation", batch_idx))
+        draws = self.draw(batch, self._generator("validation", batch_idx, self.global_rank))
         for update in self.updates(batch, draws):
             values = {f"val/{name}": value for name, value in update.logs.items()}
             self.log_dict(values, batch_size=len(batch["sample"]), sync_dist=True)

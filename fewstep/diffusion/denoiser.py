@@ -24,6 +24,8 @@ class Backbone(nn.Module):
         sample_shape: shape of one sample, ``(C, H, W)``, ``(C, F, H, W)`` or ``(D,)``.
         feature_blocks: names of the sub-modules whose outputs serve a discriminator, with the
             number of channels of each.
+        shard_units: names of the sub-modules that FSDP2 gathers one at a time; what is in none of
+            them is gathered for the whole forward pass.
         guidance_input: name of the conditioning that takes a guidance-scale embedding, if any.
     """
 
@@ -34,6 +36,10 @@ class Backbone(nn.Module):
     @property
     def feature_blocks(self) -> dict[str, int]:
         return {}
+
+    @property
+    def shard_units(self) -> list[str]:
+        return list(self.feature_blocks)
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional counterpart of ``cond``, of the same shapes."""

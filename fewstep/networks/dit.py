@@ -71,6 +71,12 @@ class DiT(Backbone):
             f"transformer.transformer_blocks.{i}": width for i in range(self.config["num_layers"])
         }
 
+    @property
+    def shard_units(self) -> list[str]:
+        # diffusers' DiT asks its first block for the embedding that its last layer needs, so that
+        # block's parameters must be there outside of its own forward pass.
+        return list(self.feature_blocks)[1:]
+
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         return {"class_labels": torch.full_like(cond["class_labels"], self.num_classes)}
 

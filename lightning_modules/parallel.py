@@ -1,0 +1,83 @@
+"""How roles live on several devices: replicated, or sharded by FSDP2."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+from fewstep.diffusion.denoiser import Backbone
+
+
+class ReplicatedStrategy(DDPStrategy):
+    """Data parallelism in which every role averages its own gradients.
+
+    It starts processes, places data and saves checkpoints as Lightning's ``ddp`` does, but leaves
+    the module unwrapped (see :class:`~lightning_modules.gradients.GradientAverager`).
+    """
+
+    def configure_ddp(self) -> None:
+        """Gives all ranks the first one's weights."""
+        assert self.model is not None
+        for tensor in [*self.model.parameters(), *self.model.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
+
+
+class ShardedStrategy(ModelParallelStrategy):
+    """FSDP2 over all devices, or, with ``replicas``, hybrid: sharded within groups of devices.
+
+    Args:
+        replicas: copies of the sharded model; the devices are divided among them. One node's
+            devices a copy keep the heavy traffic inside the nodes.
+        options: of Lightning's ModelParallelStrategy.
+    """
+
+    def __init__(self, replicas: int = 1, **options: Any) -> None:
+        super().__init__(data_parallel_size=1, tensor_parallel_size=1, **options)
+        self.replicas = replicas
+
+    def setup_environment(self) -> None:
+        """Lays the devices out before Lightning does."""
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        """The mesh roles are sharded over: ``(shards)`` or ``(replicas, shards)``."""
+        if self.replicas == 1:
+            return self.device_mesh["data_parallel"]
+        world = dist.get_world_size()
+        return init_device_mesh(
+            self.root_device.type,
+            (self.replicas, world // self.replicas),
+            mesh_dim_names=("replicas", "shards"),
+        )
+
+
+def shard(role: nn.Module, mesh: DeviceMesh, low_precision: torch.dtype | None = None) -> None:
+    """Shards the backbones within a role, unit by unit, and then what is left of each.
+
+    Units are gathered for their own forward and backward passes and given back at once, so no
+    stale copy of them is left when a pass went through them without gradient.
+
+    Args:
+        role: whose sharded parameters become DTensors; what is in no backbone, such as the heads
+            of a discriminator, stays replicated.
+        mesh: ``(shards)``, or ``(replicas, shards)`` for hybrid sharding.
+        low_precision: what units compute in; gradients are reduced in float32 all the same.
+    """
+    policy = MixedPrecisionPolicy(param_dtype=low_precision, reduce_dtype=torch.float32)
+    for backbone in [m for m in role.modules() if isinstance(m, Backbone)]:
+        trained = any(parameter.requires_grad for parameter in backbone.parameters())
+        for name in backbone.shard_units:
+            fully_shard(
+                backbone.get_submodule(name), mesh=mesh, mp_policy=policy, reshard_after_forward=True
+            )
+        # A discriminator looks at the inside of a frozen backbone: gradient then enters below its
+        # output, which is where what is left would have been gathered for the backward pass.
+        fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=trained)
