@@ -3,7 +3,18 @@
 from callbacks.checkpoints import Checkpoints
 from callbacks.console import Progress
 from callbacks.evaluation import Evaluation
+from callbacks.finite import FiniteLosses
+from callbacks.preemption import Preempted, Preemption
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
 
-__all__ = ["Checkpoints", "Evaluation", "Progress", "Samples", "Throughput"]
+__all__ = [
+    "Checkpoints",
+    "Evaluation",
+    "FiniteLosses",
+    "Preempted",
+    "Preemption",
+    "Progress",
+    "Samples",
+    "Throughput",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ from lightning.pytorch.callbacks import Callback
 class Checkpoints(Callback):
     """Saves ``checkpoints/update_00001000.ckpt`` and points ``last.ckpt`` at the newest.
 
-    A file appears under its name only when it is whole, and ``last.ckpt`` moves only after that.
+    A checkpoint is a file, or, of a sharded run, a folder. It appears under its name only when it
+    is whole, and ``last.ckpt`` moves only after that.
 
     Args:
         every_n_updates: student updates between checkpoints; the last update is always saved.
@@ -36,20 +38,33 @@ class Checkpoints(Callback):
         """Saves now; a collective."""
         folder = Path(trainer.default_root_dir) / "checkpoints"
         path = folder / f"update_{trainer.global_step:08d}.ckpt"
-        partial = path.with_suffix(".partial")
+        partial, replaced = path.with_suffix(".partial"), path.with_suffix(".replaced")
+        if trainer.is_global_zero:
+            _remove(partial)
+        trainer.strategy.barrier()
         trainer.save_checkpoint(partial, weights_only=False)
-        if not trainer.is_global_zero:
-            return
-        partial.replace(path)
-        link = folder / "last.ckpt.new"
-        link.unlink(missing_ok=True)
-        link.symlink_to(path.name)
-        link.replace(folder / "last.ckpt")
-        self._prune(folder)
+        if trainer.is_global_zero:
+            if path.is_dir():  # of an earlier course of this run; a folder cannot be replaced
+                _remove(replaced)
+                path.rename(replaced)
+            partial.replace(path)
+            link = folder / "last.ckpt.new"
+            link.unlink(missing_ok=True)
+            link.symlink_to(path.name)
+            link.replace(folder / "last.ckpt")
+            self._prune(folder)
+        trainer.strategy.barrier()
 
     def _prune(self, folder: Path) -> None:
-        for leftover in folder.glob("*.partial"):
-            leftover.unlink()
+        for leftover in [*folder.glob("*.partial"), *folder.glob("*.replaced")]:
+            _remove(leftover)
         if self.keep is not None:
             for path in sorted(folder.glob("update_*.ckpt"))[: -max(1, self.keep)]:
-                path.unlink()
+                _remove(path)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)

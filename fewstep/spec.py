@@ -23,7 +23,8 @@ class Describable(Protocol):
 
 def describe(thing: Describable) -> Spec:
     """Returns the description from which :func:`build` makes an equal object."""
-    cls = type(thing)
+    # FSDP2 gives a sharded module a class of its own, below the one it was built from.
+    cls = next(c for c in type(thing).__mro__ if not c.__module__.startswith("torch.distributed."))
     return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(thing.config)}
 
 

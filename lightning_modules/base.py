@@ -31,6 +31,7 @@ from fewstep.networks import ema_update, warmed_up_decay
 from fewstep.networks.loading import METADATA_KEY
 from fewstep.seeding import torch_generator
 from lightning_modules.checks import check_same_experiment, load_strictly
+from lightning_modules.finite import neutralise, skip_unless
 from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
 from lightning_modules.optimisation import Draws, learning_rate_factor, micro_batches
 from lightning_modules.parallel import ShardedStrategy, shard
@@ -138,19 +139,17 @@ class FewStepModule(pl.LightningModule):
             frozen(getattr(self, role))
         if self.compile_blocks:
             self._compile()
-        self._place_on_devices()
+        self._shard()
 
-    def _place_on_devices(self) -> None:
-        """Shards each role, or prepares the averaging of its gradients."""
-        trainer = self._trainer
-        if trainer is None or trainer.world_size == 1:
+    def _shard(self) -> None:
+        """Shards each role on its own, if the strategy asks for it."""
+        if self._trainer is None or not isinstance(self._trainer.strategy, ShardedStrategy):
             return
-        if isinstance(trainer.strategy, ShardedStrategy):
-            mixed = trainer.precision == "bf16-mixed"
-            for role in (*self.trained_roles, "ema", *self.frozen_roles):
-                if getattr(self, role, None) is not None:
-                    low = torch.bfloat16 if mixed and role != "ema" else None
-                    shard(getattr(self, role), trainer.strategy.shard_mesh, low)
+        mesh, mixed = self._trainer.strategy.shard_mesh, self._trainer.precision == "bf16-mixed"
+        for role in (*self.trained_roles, "ema", *self.frozen_roles):
+            if getattr(self, role, None) is not None:
+                low = torch.bfloat16 if mixed and role != "ema" else None
+                shard(getattr(self, role), mesh, low)
 
     def _compile(self) -> None:
         for role in ("student", "ema", *self.frozen_roles):
@@ -251,6 +250,9 @@ class FewStepModule(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
+        # A NaN must not reach weights and averages before the host has looked at the losses.
+        finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
+        skip_unless(finite, optimizer.optimizer)
         if role == "student":
             optimizer.step()
         else:

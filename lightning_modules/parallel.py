@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fewstep.diffusion.denoiser import Backbone
+from fewstep.errors import FewstepError
+from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder
+from lightning_modules.whole import load_whole
 
 
 class ReplicatedStrategy(DDPStrategy):
@@ -46,6 +51,24 @@ class ShardedStrategy(ModelParallelStrategy):
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:
+        """Loads a checkpoint, sharded or whole, after making sure that it is of this experiment.
+
+        Raises:
+            FewstepError: if it is of another one, or lacks what this run needs.
+        """
+        assert self.lightning_module is not None
+        path = Path(self.broadcast(checkpoint_path))
+        if is_sharded_checkpoint(path):
+            self.lightning_module.on_load_checkpoint(read_remainder(path))
+        try:
+            if path.is_file():
+                return load_whole(path, self.lightning_module, self.optimizers)
+            return super().load_checkpoint(path, weights_only)
+        except (CheckpointException, RuntimeError, KeyError) as error:
+            reason = str(error).strip().split("\n")[0]
+            raise FewstepError(f"'{path}' does not fit this run: {reason}") from error
+
     @property
     def shard_mesh(self) -> DeviceMesh:
         """The mesh roles are sharded over: ``(shards)`` or ``(replicas, shards)``."""
@@ -76,8 +99,15 @@ def shard(role: nn.Module, mesh: DeviceMesh, low_precision: torch.dtype | None =
         trained = any(parameter.requires_grad for parameter in backbone.parameters())
         for name in backbone.shard_units:
             fully_shard(
-                backbone.get_submodule(name), mesh=mesh, mp_policy=policy, reshard_after_forward=True
+                backbone.get_submodule(name),
+                mesh=mesh,
+                mp_policy=policy,
+                reshard_after_forward=True,
             )
         # A discriminator looks at the inside of a frozen backbone: gradient then enters below its
         # output, which is where what is left would have been gathered for the backward pass.
         fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=trained)
+
+
+StrategyRegistry.register("ddp", ReplicatedStrategy, override=True)
+StrategyRegistry.register("fsdp2", ShardedStrategy, description="FSDP2 over all devices")

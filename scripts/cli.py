@@ -7,6 +7,7 @@ key is checked against a signature, and any of them can be overridden on the com
 from __future__ import annotations
 
 import logging
+import os
 import re
 import warnings
 from pathlib import Path
@@ -17,9 +18,11 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from callbacks import Progress
+from callbacks import Preemption, Progress
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
+from lightning_modules.parallel import ShardedStrategy
+from lightning_modules.whole import WholeCheckpointIO
 from scripts.config_errors import explain
 from scripts.experiments import expand_arguments
 from scripts.loggers import MetricsCSV
@@ -38,6 +41,8 @@ QUIET = (
     r".*ambiguous collection.*",
     r".*lr_scheduler.step\(\).*",
 )
+
+RUN_VERSION = "FEWSTEP_RUN_VERSION"
 
 
 def quieten() -> None:
@@ -88,7 +93,7 @@ class FewstepCLI(LightningCLI):
             subclass_mode_model=True,
             subclass_mode_data=True,
             trainer_class=FewstepTrainer,
-            trainer_defaults={"callbacks": [Progress()]},
+            trainer_defaults={"callbacks": [Progress(), Preemption()]},
             parser_class=Parser,
             save_config_callback=SaveConfig,
             save_config_kwargs={"save_to_log_dir": False},
@@ -144,10 +149,11 @@ class FewstepCLI(LightningCLI):
         if self.subcommand != "plan":
             self.run_dir, self.checkpoint = place(
                 self.run_dir,
-                config.run.version,
+                config.run.version or _version_of_first_rank(),
                 config.get("ckpt_path"),
                 training=self.subcommand == "fit",
             )
+            os.environ[RUN_VERSION] = self.run_dir.name
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds the run's folder and loggers to the trainer."""
@@ -164,6 +170,8 @@ class FewstepCLI(LightningCLI):
         made = super().instantiate_trainer(
             logger=loggers, default_root_dir=str(self.run_dir), **kwargs
         )
+        if not isinstance(made.strategy, ShardedStrategy):
+            made.strategy.checkpoint_io = WholeCheckpointIO()  # reads those of sharded runs too
         made.run_name = self.config[self.subcommand].run.name  # type: ignore[attr-defined]
         return made
 
@@ -174,6 +182,11 @@ class FewstepCLI(LightningCLI):
         if subcommand in ("fit", "validate"):
             arguments["weights_only"] = True
         return arguments
+
+
+def _version_of_first_rank() -> str | None:
+    """The run's folder that the process chose which started this one; None in that process."""
+    return os.environ.get(RUN_VERSION) if os.environ.get("LOCAL_RANK", "0") != "0" else None
 
 
 def type_name(config: Namespace) -> str:

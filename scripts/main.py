@@ -19,6 +19,8 @@ such as --trainer.max_steps 2000; --print_config shows all of them):
   sample     draw pictures of its samples
   plan       what it will cost: parameters, memory, network evaluations
 
+  submit     train it on a SLURM cluster; --status tells of jobs, --help of the options
+
 other commands:
   report     one self-contained HTML page from any set of run folders
   shards     make, index, encode and check the shards that training data streams from
@@ -51,12 +53,16 @@ def run(arguments: list[str]) -> None:
         from scripts.shards import main as shards
 
         shards(arguments[1:])
+    elif command == "submit":
+        from scripts.slurm import main as submit
+
+        submit(arguments[1:])
     elif command == "demo":
         from scripts.demo import main as demo
 
         demo(arguments[1:])
     else:
-        known = [*EXPERIMENT_COMMANDS, "report", "shards", "demo"]
+        known = [*EXPERIMENT_COMMANDS, "report", "shards", "submit", "demo"]
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "
             f"Commands: {', '.join(known)}; `fewstep --help` tells more."

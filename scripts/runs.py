@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from fewstep.errors import FewstepError
+from fewstep.networks.loading import is_checkpoint, newest_checkpoint
 
 
 def versions(experiment: Path) -> list[Path]:
@@ -15,12 +16,6 @@ def versions(experiment: Path) -> list[Path]:
         return int(suffix) if suffix.isdigit() else -1
 
     return sorted((p for p in experiment.glob("version_*") if p.is_dir()), key=number)
-
-
-def last_checkpoint(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run."""
-    path = run / "checkpoints" / "last.ckpt"
-    return path if path.is_file() else None
 
 
 def run_of_checkpoint(path: Path) -> Path | None:
@@ -51,9 +46,9 @@ def place(
     """
     if ckpt_path not in (None, "last"):
         checkpoint = Path(str(ckpt_path))
-        if checkpoint.is_dir():
-            checkpoint = checkpoint / "checkpoints" / "last.ckpt"
-        if not checkpoint.is_file():
+        if checkpoint.is_dir() and not is_checkpoint(checkpoint):
+            checkpoint = newest_checkpoint(checkpoint) or checkpoint
+        if not is_checkpoint(checkpoint):
             raise FewstepError(
                 f"There is no checkpoint '{ckpt_path}'. Leave --ckpt_path out for the newest of "
                 f"'{experiment}', or give a .ckpt file."
@@ -66,7 +61,7 @@ def place(
     if training and ckpt_path is None:
         return (candidates[0] if version else place_new_run(experiment)), None
     for run in candidates:
-        found = last_checkpoint(run)
+        found = newest_checkpoint(run)
         if found is not None:
             return run, found
     if training:

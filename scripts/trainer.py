@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from json import dumps
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from callbacks import Evaluation, Samples
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
-from scripts.plan import format_plan, plan_of
+from scripts.plan import Strategy, as_dict, format_plan, plan_of
 
 
 class FewstepTrainer(pl.Trainer):
@@ -75,11 +77,33 @@ class FewstepTrainer(pl.Trainer):
         self._run_validation(model, datamodule, ckpt_path)
         print(f"Pictures: {Path(self.default_root_dir) / 'samples'}")
 
-    def plan(self, model: FewStepModule, datamodule: pl.LightningDataModule | None = None) -> None:
-        """Say what an experiment will cost: parameters, memory, network evaluations."""
-        sharded = type(self.strategy).__name__ == "ModelParallelStrategy"
-        batch_size = int(getattr(datamodule, "batch_size", 1))
-        print(format_plan(plan_of(model, batch_size, self.world_size, sharded)))
+    def plan(
+        self,
+        model: FewStepModule,
+        datamodule: pl.LightningDataModule | None = None,
+        devices: int | None = None,
+        strategy: Strategy | None = None,
+        json: str | None = None,
+    ) -> None:
+        """Say what an experiment will cost: parameters, memory, network evaluations, FLOPs.
+
+        Args:
+            devices: Number of devices in all; the experiment's by default.
+            strategy: Replicate roles on all devices (ddp) or shard them (fsdp2); the experiment's
+                by default.
+            json: File to write the plan to as well.
+        """
+        sharded = isinstance(self.strategy, ModelParallelStrategy)
+        found = plan_of(
+            model,
+            datamodule,
+            devices or self.world_size,
+            strategy or ("fsdp2" if sharded else "ddp"),
+            str(self.precision),
+        )
+        print(format_plan(found))
+        if json is not None:
+            Path(json).write_text(dumps(as_dict(found), indent=2) + "\n")
 
     def _only(self, kind: type[Any]) -> Any:
         """Keeps one of the measuring callbacks and drops the other."""

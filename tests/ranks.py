@@ -40,10 +40,20 @@ def _child(
     os._exit(0)  # without the parent's exit handlers
 
 
-def run_ranks(world_size: int, work: Callable[..., Any], *given: Any, timeout: float = 120) -> Any:
+def _failures(folder: str) -> str:
+    return "\n".join(str(pickle.loads(file.read_bytes())) for file in Path(folder).iterdir())
+
+
+def run_ranks(
+    world_size: int,
+    work: Callable[..., Any],
+    *given: Any,
+    timeout: float = 120,
+    dies: bool = False,
+) -> Any:
     """Calls ``work(*given)`` on every rank; returns their results in the order of ranks.
 
-    Forked, so that nothing is imported again.
+    Forked, so that nothing is imported again. With ``dies``, all ranks must be killed.
     """
     context = multiprocessing.get_context("fork")
     port = _free_port()
@@ -60,6 +70,10 @@ def run_ranks(world_size: int, work: Callable[..., Any], *given: Any, timeout: f
                 for one in processes:
                     one.kill()
                 raise TimeoutError(f"a rank did not finish within {timeout} s")
+        if dies:
+            codes = [process.exitcode for process in processes]
+            assert codes == [-9] * world_size, f"{codes}: {_failures(folder)}"
+            return []
         found = []
         for rank in range(world_size):
             file = Path(folder, str(rank))

@@ -13,6 +13,7 @@ import torch
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import FewstepError
+from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder, read_tensors
 
 METADATA_KEY = "fewstep"
 
@@ -36,17 +37,30 @@ def find_checkpoint(where: str | Path) -> Path:
         FewstepError: if there is none.
     """
     path = Path(where)
-    if path.is_file():
+    if is_checkpoint(path):
         return path
     runs = [path, *sorted(path.glob("version_*"), key=_version, reverse=True)]
     for run in runs:
-        last = run / "checkpoints" / "last.ckpt"
-        if last.is_file():
+        last = newest_checkpoint(run)
+        if last is not None:
             return last
     raise FewstepError(
         f"No checkpoint at '{path}': neither a file nor a run folder with checkpoints/last.ckpt. "
         + _how_to_train(path)
     )
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether this is a checkpoint file or a whole sharded one."""
+    return path.is_file() or is_sharded_checkpoint(path)
+
+
+def newest_checkpoint(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run's folder."""
+    folder = run / "checkpoints"
+    # The link may point nowhere if the run was killed while a checkpoint took another's place.
+    newest_first = sorted(folder.glob("update_*.ckpt"), reverse=True)
+    return next(filter(is_checkpoint, [folder / "last.ckpt", *newest_first]), None)
 
 
 def _version(path: Path) -> int:
@@ -91,8 +105,10 @@ def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
         role: whose weights to take; ``ema`` falls back to ``student`` in runs without EMA.
     """
     path = find_checkpoint(where)
-    checkpoint = read_checkpoint(path)
-    metadata, state = checkpoint[METADATA_KEY], checkpoint["state_dict"]
+    sharded = is_sharded_checkpoint(path)
+    checkpoint = read_remainder(path) if sharded else read_checkpoint(path)
+    metadata = checkpoint[METADATA_KEY]
+    state = read_tensors(path, "state_dict.") if sharded else checkpoint["state_dict"]
     if role == "ema" and not any(name.startswith("ema.") for name in state):
         role = "student"
     weights = {
@@ -105,6 +121,14 @@ def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
     denoiser = Denoiser.from_spec(metadata["denoiser"])
     denoiser.load_state_dict(weights)
     denoiser.requires_grad_(False).eval()
-    with path.open("rb") as file:
-        sha256 = hashlib.file_digest(file, "sha256").hexdigest()
-    return LoadedDenoiser(denoiser, str(path), sha256, role)
+    return LoadedDenoiser(denoiser, str(path), _sha256(path), role)
+
+
+def _sha256(path: Path) -> str:
+    """Of a file, or of all files of a folder in the order of their names."""
+    digest = hashlib.sha256()
+    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
+        with part.open("rb") as file:
+            while block := file.read(2**22):
+                digest.update(block)
+    return digest.hexdigest()

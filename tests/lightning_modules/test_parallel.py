@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -12,8 +15,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
+from callbacks import Checkpoints
 from fewstep.diffusion import Denoiser, VPSchedule
+from fewstep.errors import FewstepError
 from fewstep.networks import DiT
+from fewstep.networks.loading import load_denoiser, newest_checkpoint
 from lightning_modules import (
     ConsistencyDistillation,
     DiffusionTraining,
@@ -21,6 +27,7 @@ from lightning_modules import (
     PhasedConsistencyDistillation,
 )
 from lightning_modules.parallel import ReplicatedStrategy, ShardedStrategy
+from lightning_modules.whole import WholeCheckpointIO
 
 from ranks import run_ranks
 
@@ -111,13 +118,17 @@ def strategy(kind: str) -> Any:
     return {"single": "auto", "ddp": ReplicatedStrategy, "fsdp": ShardedStrategy}[kind]
 
 
-def trainer_of(kind: str, world: int, updates: int, *callbacks: pl.Callback) -> pl.Trainer:
+def trainer_of(
+    kind: str, world: int, updates: int, *callbacks: pl.Callback, folder: Path | None = None
+) -> pl.Trainer:
     made = strategy(kind)
     return pl.Trainer(
         accelerator="cpu",
         devices=world,
         strategy=made if isinstance(made, str) else made(),
         max_steps=updates,
+        default_root_dir=folder,
+        plugins=None if kind == "fsdp" else [WholeCheckpointIO()],
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -129,6 +140,51 @@ def trainer_of(kind: str, world: int, updates: int, *callbacks: pl.Callback) -> 
 
 def whole(tensor: Tensor) -> Tensor:
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach().clone()
+
+
+def states_of(trainer: pl.Trainer, module: FewStepModule) -> dict[str, Any]:
+    """Every tensor and number that makes the run what it is, whole."""
+    roles = [*module.trained_roles, "ema"]
+    found: dict[str, Any] = {
+        name: whole(p) for role in roles for name, p in getattr(module, role).named_parameters(role)
+    }
+    for number, optimizer in enumerate(trainer.optimizers):
+        for index, state in enumerate(optimizer.state.values()):
+            for key, value in state.items():
+                found[f"optimizer {number} {index} {key}"] = whole(value)
+    for number, config in enumerate(trainer.lr_scheduler_configs):
+        found[f"rate {number}"] = torch.tensor(config.scheduler.get_last_lr()).double()
+    return found
+
+
+class KillAt(pl.Callback):
+    """SIGKILL, as a scheduler or a full node would send it."""
+
+    def __init__(self, update: int | None) -> None:
+        self.update = update
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.update:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(
+    folder: Path,
+    kind: str,
+    world: int,
+    name: str,
+    updates: int,
+    kill_at: int | None = None,
+    resume: Path | None = None,
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Trains with a checkpoint every five updates; returns all state and the logged losses."""
+    torch.set_num_threads(1)
+    pl.seed_everything(0, verbose=False)
+    module, losses = method(name), Losses()
+    callbacks = [losses, Checkpoints(every_n_updates=5), KillAt(kill_at)]
+    trainer = trainer_of(kind, world, updates, *callbacks, folder=folder)
+    trainer.fit(module, Data(), ckpt_path=resume, weights_only=True)
+    return states_of(trainer, module), losses.seen
 
 
 def train(
@@ -159,3 +215,67 @@ def test_two_ranks_train_as_one_device_does(kind: str, name: str, accumulate: in
         assert torch.equal(first[0][parameter], second[0][parameter]), parameter
     for mine, expected_losses in zip(first[1], losses, strict=True):
         assert mine == pytest.approx(expected_losses, rel=1e-3, abs=1e-5)
+
+
+def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert torch.equal(found[name], value), name
+
+
+WORLD = {"single": 1, "ddp": 2, "fsdp": 2}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial"])
+@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
+def test_a_killed_run_is_bit_equal_to_the_undisturbed_one(
+    tmp_path: Path, kind: str, name: str
+) -> None:
+    world = WORLD[kind]
+    undisturbed = run_ranks(world, run, tmp_path / "whole", kind, world, name, 12)
+    killed = tmp_path / "killed"
+    run_ranks(world, run, killed, kind, world, name, 12, 7, dies=True)
+    last = newest_checkpoint(killed)
+    assert last is not None
+    assert last.resolve().name == "update_00000005.ckpt"
+    assert last.is_dir() == (kind == "fsdp")
+    resumed = run_ranks(world, run, killed, kind, world, name, 12, None, last)
+    for (states, losses), (expected, all_losses) in zip(resumed, undisturbed, strict=True):
+        assert_equal(states, expected)
+        assert losses == all_losses[5:]
+        assert any("exp_avg_sq" in key for key in states)
+
+
+@pytest.mark.parametrize("there", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize(("kind", "world"), [("single", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 4)])
+def test_a_checkpoint_is_loaded_into_any_number_of_ranks(
+    tmp_path: Path, there: str, kind: str, world: int
+) -> None:
+    """Five updates and no more: what is loaded must be what was saved."""
+    saved, *_ = run_ranks(WORLD[there], run, tmp_path, there, WORLD[there], "adversarial", 5)
+    last = newest_checkpoint(tmp_path)
+    loaded = run_ranks(world, run, tmp_path / "other", kind, world, "adversarial", 5, None, last)
+    for states, _ in loaded:
+        assert_equal(states, saved[0])
+
+
+def test_a_sharded_checkpoint_serves_as_a_teacher(tmp_path: Path) -> None:
+    (states, _), _ = run_ranks(2, run, tmp_path, "fsdp", 2, "teacher", 5)
+    loaded = load_denoiser(tmp_path)
+    assert loaded.role == "ema"
+    for name, value in loaded.denoiser.named_parameters("ema"):
+        assert torch.equal(value, states[name])
+
+
+def test_a_sharded_checkpoint_of_another_experiment_is_refused(tmp_path: Path) -> None:
+    run_ranks(2, run, tmp_path, "fsdp", 2, "lcm", 5)
+
+    def other() -> str:
+        with pytest.raises(FewstepError) as caught:
+            run(tmp_path / "other", "fsdp", 2, "pcm", 6, None, newest_checkpoint(tmp_path))
+        return str(caught.value)
+
+    for message in run_ranks(2, other):
+        assert "of another experiment" in message
+        assert "method: 'ConsistencyDistillation' in the checkpoint" in message

@@ -177,15 +177,6 @@ def test_a_missing_shard_folder_is_one_message(
     assert "the folder 'nowhere' does not exist" in message
 
 
-def test_plan_counts_the_parameters_of_each_role(
-    here: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    run(["plan", "-c", "digits/teacher"])
-    printed = capsys.readouterr().out
-    assert "student     0.829 M       100%" in printed
-    assert "1 forward, 1 backward" in printed
-
-
 def test_the_whole_way_from_teacher_to_report(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

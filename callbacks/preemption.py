@@ -1,0 +1,169 @@
+"""Saving and stopping in time when the machine is about to be taken away."""
+
+from __future__ import annotations
+
+import signal
+import threading
+from pathlib import Path
+from types import FrameType
+from typing import Any, cast
+
+import lightning.pytorch as pl
+import torch
+import torch.distributed as dist
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.pytorch.callbacks import Callback
+
+from callbacks.checkpoints import Checkpoints
+from callbacks.console import say
+from fewstep.errors import FewstepError
+
+EXIT_STATUS = 75
+FLAG_NAME = "PREEMPT"
+SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
+
+
+class Preempted(SystemExit):
+    """Ends the process; the first rank's status, 75, tells a batch script to requeue its job."""
+
+
+class Preemption(Callback):
+    """Saves a checkpoint and stops as soon as the run is asked to, on all ranks after one update.
+
+    Asked by a file ``PREEMPT`` in the run's folder, which the first rank looks for, or by SIGUSR1
+    or SIGTERM at any rank. Ranks agree by one number on the CPU that travels while the networks
+    compute. Only the first rank leaves with status 75, the others with 0: launchers
+    that watch their children then have no cause to kill a rank that is still leaving.
+
+    Lightning's own handlers of these signals save, or wait for other ranks, at whatever point the
+    signal found them, and can hang; while training goes on they are replaced. If a run has several
+    of these callbacks, the first does the work.
+
+    Args:
+        every_n_updates: student updates between looks.
+    """
+
+    def __init__(self, every_n_updates: int = 1) -> None:
+        if every_n_updates < 1:
+            raise FewstepError(
+                f"every_n_updates of Preemption is {every_n_updates}; give 1 or more."
+            )
+        self.every_n_updates = every_n_updates
+        self._signalled = self._watching = False
+        self._handlers: dict[signal.Signals, Any] = {}
+        self._group: dist.ProcessGroup | None = None
+        self._answer: torch.Tensor | None = None
+        self._travelling: dist.Work | None = None
+
+    # ------------------------------------------------------------------ watching
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Turns off Lightning's requeueing, which would answer signals before training starts."""
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        if isinstance(environment, SLURMEnvironment):
+            environment.auto_requeue = False
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Begins to watch; a collective."""
+        everyone = [c for c in cast(Any, trainer).callbacks if isinstance(c, Preemption)]
+        if everyone[0] is not self:
+            return
+        self._watching, self._signalled = True, False
+        if trainer.world_size > 1:
+            # A group of its own, so that its messages never mix with those of the training step.
+            self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self._signalled = True
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Sends the question on its way; it is answered when the update is done."""
+        if not self._watching or (trainer.global_step + 1) % self.every_n_updates:
+            return
+        flagged = trainer.is_global_zero and flag_of(trainer).exists()
+        self._answer = torch.tensor([int(flagged or self._signalled)])
+        if self._group is not None:
+            self._travelling = dist.all_reduce(
+                self._answer, op=dist.ReduceOp.MAX, group=self._group, async_op=True
+            )
+
+    def on_train_batch_end(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
+    ) -> None:
+        """Stops if any rank was asked to, unless training is done anyway; the same on all ranks."""
+        if self._answer is None:
+            return
+        if self._travelling is not None:
+            self._travelling.wait()
+        asked = bool(self._answer.item())
+        self._answer = self._travelling = None
+        done = trainer.global_step >= trainer.max_steps > 0
+        if asked and not done:
+            self.stop(trainer)
+
+    # ------------------------------------------------------------------ stopping
+
+    def stop(self, trainer: pl.Trainer) -> None:
+        """Saves and leaves; a collective.
+
+        Raises:
+            Preempted: always.
+        """
+        saving = [c for c in cast(Any, trainer).callbacks if isinstance(c, Checkpoints)]
+        if not self._just_saved(trainer):
+            (saving[0] if saving else Checkpoints()).save(trainer)
+        self._lower_flag(trainer)
+        say(
+            trainer,
+            f"Asked to stop: saved update {trainer.global_step}. "
+            "The same command with --ckpt_path last goes on.",
+        )
+        trainer.strategy.barrier()  # nobody leaves while the first rank still writes
+        raise Preempted(EXIT_STATUS if trainer.is_global_zero else 0)
+
+    def _just_saved(self, trainer: pl.Trainer) -> bool:
+        """Whether a callback whose turn comes before ours has saved this very update."""
+        callbacks = cast(Any, trainer).callbacks
+        return any(
+            isinstance(c, Checkpoints)
+            and c.every_n_updates
+            and trainer.global_step % c.every_n_updates == 0
+            for c in callbacks[: callbacks.index(self)]
+        )
+
+    def _lower_flag(self, trainer: pl.Trainer) -> None:
+        """Removes the file, so that the next start is not stopped by it."""
+        if trainer.is_global_zero:
+            flag_of(trainer).unlink(missing_ok=True)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A request that came with the last update is out of date."""
+        if self._watching:
+            self._lower_flag(trainer)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Hands the signals back."""
+        self._close()
+
+    def on_exception(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
+    ) -> None:
+        """Hands the signals back."""
+        self._close()
+
+    def _close(self) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        if self._group is not None:
+            dist.destroy_process_group(self._group)
+        self._handlers, self._group, self._watching = {}, None, False
+        self._answer = self._travelling = None
+
+
+def flag_of(trainer: pl.Trainer) -> Path:
+    """The file that asks a run to stop."""
+    return Path(trainer.default_root_dir) / FLAG_NAME

@@ -1,0 +1,140 @@
+"""Building a method's roles without weights: shapes, dtypes and who is trained, and no memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from torch import nn
+
+from fewstep.diffusion import Denoiser
+from fewstep.errors import FewstepError
+from fewstep.networks.loading import METADATA_KEY, find_checkpoint, read_checkpoint
+from fewstep.spec import Spec
+from lightning_modules import FewStepModule
+from scripts.experiments import find_experiment, with_defaults
+
+# Precisions in which Lightning converts all of a module.
+WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built meanwhile have their parameters on the meta device.
+
+    Narrower than ``torch.device("meta")`` on purpose: schedules and grids are built along with the
+    networks, and they compute with values.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None:
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register(module, name, parameter)
+
+    patched: Any = nn.Module
+    patched.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        patched.register_parameter = register
+
+
+def build_without_weights(model: FewStepModule, precision: str = "32-true") -> list[str]:
+    """Builds a method's roles on the meta device; a teacher's checkpoint is not loaded.
+
+    Args:
+        model: the method.
+        precision: Lightning's name of it.
+
+    Returns:
+        what a reader must know about how that was possible.
+
+    Raises:
+        FewstepError: if nothing says what the teacher's architecture is.
+    """
+    notes: list[str] = []
+    source = getattr(model, "teacher_source", None)
+    if model.compile_blocks:
+        notes.append("Blocks are planned as if not compiled, which saves some activations.")
+        model.compile_blocks = False
+    with parameters_on_meta():
+        if isinstance(source, str):
+            spec, note = architecture_of(source)
+            notes += [note] if note else []
+            model.teacher_source = lambda: Denoiser.from_spec(spec)  # type: ignore[assignment]
+        model.configure_model()
+    # A teacher that came ready-made has real parameters.
+    nn.Module.to(model, "meta", WEIGHTS.get(precision))
+    return notes
+
+
+def architecture_of(source: str) -> tuple[Spec, str | None]:
+    """A teacher's description, from its checkpoint's metadata or else its experiment's file.
+
+    Args:
+        source: a checkpoint, a run's or an experiment's folder.
+
+    Returns:
+        the description and, if there is no checkpoint yet, a sentence that says where it is from.
+
+    Raises:
+        FewstepError: if there is neither a checkpoint nor an experiment of that name.
+    """
+    try:
+        checkpoint = find_checkpoint(source)
+    except FewstepError as missing:
+        try:
+            file = find_experiment(_experiment_name(source))
+            spec = _described_in(file)
+        except FewstepError:
+            raise missing from None
+        return spec, (
+            f"'{source}' holds no checkpoint yet: its architecture is that of '{file}', "
+            "without changes made on the command line."
+        )
+    # The file is mapped into memory, so that weights are never read.
+    spec = read_checkpoint(checkpoint)[METADATA_KEY]["denoiser"]
+    return spec, None
+
+
+def _experiment_name(source: str) -> str:
+    parts = [p for p in Path(source).parts if not p.startswith("version_") and p != "checkpoints"]
+    if parts and parts[-1].endswith(".ckpt"):
+        parts.pop()
+    return "/".join(parts[1:] if parts and parts[0] == "runs" else parts)
+
+
+def _described_in(file: Path) -> Spec:
+    """The denoiser that an experiment trains."""
+    options: dict[str, Any] = {}
+    for part in with_defaults(file):
+        model = (yaml.safe_load(part.read_text()) or {}).get("model") or {}
+        options |= model.get("init_args") or {}
+    if "backbone" in options:
+        return _completed(
+            {
+                "backbone": options["backbone"],
+                "schedule": options["schedule"],
+                "prediction_type": options.get("prediction_type", "epsilon"),
+                "alpha_floor": 0.0,
+            }
+        )
+    teacher = options.get("teacher")
+    if isinstance(teacher, str):
+        return architecture_of(teacher)[0]
+    if isinstance(teacher, dict) and "backbone" in teacher.get("init_args", {}):
+        return _completed({"alpha_floor": 0.0, **teacher["init_args"]})
+    raise FewstepError(f"'{file}' does not say what network it trains.")
+
+
+def _completed(spec: Any) -> Any:
+    """The description with the empty ``init_args`` that an experiment may leave out."""
+    if not isinstance(spec, dict):
+        return spec
+    filled = {name: _completed(value) for name, value in spec.items()}
+    return {"init_args": {}, **filled} if "class_path" in filled else filled
