@@ -250,9 +250,11 @@ class FewStepModule(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        # A NaN must not reach weights and averages before the host has looked at the losses.
-        finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
-        skip_unless(finite, optimizer.optimizer)
+        # A NaN must not reach weights and averages before the host has looked at the losses; with
+        # fp16 it is the scaler that skips the step, and it must see why.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
+            skip_unless(finite, optimizer.optimizer)
         if role == "student":
             optimizer.step()
         else:

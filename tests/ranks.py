@@ -7,8 +7,9 @@ import os
 import pickle
 import socket
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,14 @@ def _child(
     os._exit(0)  # without the parent's exit handlers
 
 
+def _kill(processes: Sequence[Any], when: Callable[[], bool]) -> None:
+    while not when():
+        assert all(process.is_alive() for process in processes), "a rank ended by itself"
+        time.sleep(0.001)
+    for process in processes:
+        process.kill()
+
+
 def _failures(folder: str) -> str:
     return "\n".join(str(pickle.loads(file.read_bytes())) for file in Path(folder).iterdir())
 
@@ -50,10 +59,12 @@ def run_ranks(
     *given: Any,
     timeout: float = 120,
     dies: bool = False,
+    kill_when: Callable[[], bool] | None = None,
 ) -> Any:
     """Calls ``work(*given)`` on every rank; returns their results in the order of ranks.
 
-    Forked, so that nothing is imported again. With ``dies``, all ranks must be killed.
+    Forked, so that nothing is imported again. With ``dies``, all ranks must be killed; with
+    ``kill_when``, they are, once that is true.
     """
     context = multiprocessing.get_context("fork")
     port = _free_port()
@@ -64,6 +75,8 @@ def run_ranks(
         ]
         for process in processes:
             process.start()
+        if kill_when is not None:
+            _kill(processes, kill_when)
         for process in processes:
             process.join(timeout)
             if process.is_alive():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 import signal
+import time
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -176,12 +178,13 @@ def run(
     updates: int,
     kill_at: int | None = None,
     resume: Path | None = None,
+    every: int = 5,
 ) -> tuple[dict[str, Any], list[dict[str, float]]]:
-    """Trains with a checkpoint every five updates; returns all state and the logged losses."""
+    """Trains, saving every so many updates; returns all state and the logged losses."""
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
     module, losses = method(name), Losses()
-    callbacks = [losses, Checkpoints(every_n_updates=5), KillAt(kill_at)]
+    callbacks = [losses, Checkpoints(every_n_updates=every), KillAt(kill_at)]
     trainer = trainer_of(kind, world, updates, *callbacks, folder=folder)
     trainer.fit(module, Data(), ckpt_path=resume, weights_only=True)
     return states_of(trainer, module), losses.seen
@@ -245,6 +248,44 @@ def test_a_killed_run_is_bit_equal_to_the_undisturbed_one(
         assert_equal(states, expected)
         assert losses == all_losses[5:]
         assert any("exp_avg_sq" in key for key in states)
+
+
+class Moment:
+    """True from some time after a life's first checkpoint on."""
+
+    def __init__(self, folder: Path, resume: Path | None, lifetime: float) -> None:
+        self.folder, self.lifetime = folder, lifetime
+        self.resumed = None if resume is None else resume.resolve()
+        self.begun: float | None = None
+
+    def __call__(self) -> bool:
+        newest = max(self.folder.glob("update_*.ckpt"), default=None)
+        if self.begun is None and newest not in (None, self.resumed):
+            self.begun = time.monotonic()
+        return self.begun is not None and time.monotonic() - self.begun > self.lifetime
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "times"), [("single", 14), ("fsdp", 6)])
+def test_a_run_killed_at_any_moment_of_saving_is_resumable(
+    tmp_path: Path, kind: str, times: int
+) -> None:
+    """Every update is saved, so nearly every moment is one of saving."""
+    moments = random.Random(0)
+    world, folder = WORLD[kind], tmp_path / "checkpoints"
+    before = 0
+    for _ in range(times):
+        resume = newest_checkpoint(tmp_path)
+        moment = Moment(folder, resume, moments.uniform(0, 0.4))
+        given = (tmp_path, kind, world, "lcm", 10**6, None, resume, 1)
+        run_ranks(world, run, *given, dies=True, kill_when=moment)
+        newest = newest_checkpoint(tmp_path)
+        assert newest is not None
+        update = int(newest.resolve().stem.removeprefix("update_"))
+        assert update > before
+        before = update
+    saved = load_denoiser(tmp_path)
+    assert all(p.isfinite().all() for p in saved.denoiser.parameters())
 
 
 @pytest.mark.parametrize("there", ["single", "ddp", "fsdp"])

@@ -52,7 +52,7 @@ def planned(here: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Planne
                 del model._modules[name]
             if isinstance(source, str):
                 spec, _ = architecture_of(source)
-                model.teacher_source = lambda: Denoiser.from_spec(spec)  # type: ignore[attr-defined]
+                cast(Any, model).teacher_source = lambda: Denoiser.from_spec(spec)
             model.configure_model()
             found[:] = [plan, model, data]
             return plan
