@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NotRequired, Protocol, TypedDict, runtime_checkable
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
-import torch
 from torch import Tensor
+
+from fewstep.seeding import Generators
 
 
 class Batch(TypedDict):
@@ -48,8 +49,9 @@ class FewStepSampler(Protocol):
         noise: Tensor,
         cond: dict[str, Tensor] | None,
         num_steps: int,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         role: str | None = None,
+        prompt: list[str] | None = None,
     ) -> Tensor:
         """Turns noise into samples in ``num_steps`` network evaluations."""
 
@@ -70,11 +72,44 @@ class FewStepSampler(Protocol):
 
 
 @runtime_checkable
-class ReferenceData(Protocol):
-    """What callbacks ask of a datamodule: a finite pass over the data metrics compare with."""
+class FinishedSet(Protocol):
+    """Samples that were made elsewhere.
 
-    def reference_batches(self) -> Iterable[Batch]:
-        """Every reference sample once, in a fixed order."""
+    Attributes:
+        num_finished: how many there are.
+    """
+
+    num_finished: int
+
+    def finished_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
+        """A rank's share of them; all ranks together give each once."""
+
+
+class Conditions(NamedTuple):
+    """What samples are asked to show.
+
+    Attributes:
+        cond: under the backbone's own argument names, each ``(B, ...)``.
+        prompt: captions, where the data has them.
+    """
+
+    cond: dict[str, Tensor]
+    prompt: list[str] | None = None
+
+
+@runtime_checkable
+class ReferenceData(Protocol):
+    """What callbacks ask of a datamodule: the data that metrics compare with."""
+
+    def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
+        """A rank's share of the reference records; all ranks together read each once."""
+
+    def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
+        """Conditions for the samples of these numbers, 0 and up, taken from reference records.
+
+        A sample's condition depends on its number alone, and any first so many samples have
+        conditions from all over the reference.
+        """
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which data that is, in plain values, for the record of a result."""

@@ -7,9 +7,14 @@ undisturbed one would have drawn, and seeding a CUDA generator does not synchron
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 
 import numpy as np
 import torch
+from torch import Tensor
+
+Generators = torch.Generator | Sequence[torch.Generator] | None
+"""One generator for a batch, or one for each of its samples; None is torch's global one."""
 
 
 def derived_seed(seed: int, stream: str, *counters: int) -> int:
@@ -28,3 +33,15 @@ def torch_generator(
 def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
     """A NumPy generator, a pure function of its arguments."""
     return np.random.default_rng(derived_seed(seed, stream, *counters))
+
+
+def normal_like(like: Tensor, generator: Generators) -> Tensor:
+    """Standard normal numbers in the shape ``(B, ...)``, type and place of ``like``.
+
+    With a generator for each sample, on the CPU, a sample's numbers depend on nothing else: not on
+    the batch it is in, nor on the device or the number of ranks.
+    """
+    if generator is None or isinstance(generator, torch.Generator):
+        return torch.randn(like.shape, generator=generator, device=like.device, dtype=like.dtype)
+    drawn = [torch.randn(like.shape[1:], generator=one, dtype=like.dtype) for one in generator]
+    return torch.stack(drawn).to(like.device, non_blocking=True)

@@ -41,6 +41,17 @@ def _child(
     os._exit(0)  # without the parent's exit handlers
 
 
+def in_group(work: Callable[..., Any], *given: Any) -> Any:
+    """Calls ``work(*given)`` on a rank whose process group is ready, without Lightning."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    try:
+        return work(*given)
+    finally:
+        dist.destroy_process_group()
+
+
 def _kill(processes: Sequence[Any], when: Callable[[], bool]) -> None:
     while not when():
         assert all(process.is_alive() for process in processes), "a rank ended by itself"

@@ -41,6 +41,17 @@ class Backbone(nn.Module):
     def shard_units(self) -> list[str]:
         return list(self.feature_blocks)
 
+    @property
+    def low_precision(self) -> torch.dtype | None:
+        """The half precision its weights are kept in, if they are."""
+        dtype = next((parameter.dtype for parameter in self.parameters()), None)
+        return dtype if dtype in (torch.bfloat16, torch.float16) else None
+
+    def feature(self, output: Any) -> Tensor:
+        """The feature in what one of the feature blocks returns: tokens or a map."""
+        feature: Tensor = output[0] if isinstance(output, tuple) else output
+        return feature
+
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional counterpart of ``cond``, of the same shapes."""
         raise NotImplementedError(
@@ -86,8 +97,12 @@ class Denoiser(nn.Module):
 
     def raw(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """The network's own output in the working precision, ``(B, ...)``."""
-        output: Tensor = self.backbone(x_t, t.to(work_dtype(x_t)), **(cond or {}))
-        return output.to(work_dtype(x_t))
+        work, low, given = work_dtype(x_t), self.backbone.low_precision, dict(cond or {})
+        if low is not None:
+            x_t = x_t.to(low)
+            given = {n: c.to(low) if c.is_floating_point() else c for n, c in given.items()}
+        output: Tensor = self.backbone(x_t, t.to(work), **given)
+        return output.to(work)
 
     def interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Reads a raw output as ``(x0, eps)``."""

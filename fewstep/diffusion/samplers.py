@@ -1,8 +1,9 @@
 """Samplers: pure functions from noise to samples.
 
 Each takes a denoiser, noise ``(B, ...)``, conditioning, descending times and, where it draws, a
-generator on the noise's device; each returns the sample at the last time. They know nothing of
-guidance: wrap the denoiser (:class:`fewstep.diffusion.denoiser.Guided`) to steer any of them.
+generator on the noise's device or one on the CPU for each sample; each returns the sample at the
+last time. They know nothing of guidance: wrap the denoiser
+(:class:`fewstep.diffusion.denoiser.Guided`) to steer any of them.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Cond, DenoiserLike
 from fewstep.diffusion.prediction import Prediction
+from fewstep.seeding import Generators, normal_like
 
 
 def solver_step(
@@ -47,7 +49,7 @@ def phased_sample(
     noise: Tensor,
     cond: Cond | None,
     times: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
     stochasticity: float = 0.0,
 ) -> Tensor:
     """Chains a phased student's jumps from edge to edge (PCM, section 3.1).
@@ -69,7 +71,7 @@ def phased_sample(
     for index, (t, s) in enumerate(pairwise(steps)):
         prediction = denoiser(x, t, cond)
         if index < len(steps) - 2:
-            z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            z = normal_like(x, generator)
             prediction = Prediction(prediction.x0, keep * prediction.eps + fresh * z)
         x = denoiser.schedule.jump(prediction, s)
     return x
@@ -81,7 +83,7 @@ def consistency_sample(
     noise: Tensor,
     cond: Cond | None,
     times: Tensor,
-    generator: torch.Generator | None = None,
+    generator: Generators = None,
 ) -> Tensor:
     """Multistep consistency sampling: jump to the end, re-noise to the next time, repeat.
 
@@ -96,7 +98,7 @@ def consistency_sample(
     end = steps[-1]
     for index, t in enumerate(steps[:-1]):
         if index:
-            z = torch.randn(x.shape, generator=generator, device=x.device, dtype=x.dtype)
+            z = normal_like(x, generator)
             x = denoiser.schedule.renoise(x, end, t, z)
         x = solver_step(denoiser, x, t, end, cond)
     return x

@@ -1,19 +1,81 @@
-"""Metrics of a set of samples against a reference, streaming and rank-independent."""
+"""Metrics of a set of samples, mostly against a reference: streaming and rank-independent."""
 
-from fewstep.metrics.base import Accumulator, Features, Gather, Metric
+from fewstep.metrics.base import (
+    Features,
+    Metric,
+    Samples,
+    Statistics,
+    numbers_of,
+    to_uint8,
+)
+from fewstep.metrics.clip import CLIPFeatures, CLIPFrechetDistance, CLIPScore, FrameConsistency
+from fewstep.metrics.clip_networks import ClipFrechetDistance, ClipNetwork
+from fewstep.metrics.collecting import collect, merged, share_features
 from fewstep.metrics.digit_classifier import DigitClassifierFeatures
+from fewstep.metrics.dino import DINOv2Features, FDDINOv2
+from fewstep.metrics.fid import FID, SFID, FrameFID
 from fewstep.metrics.frechet import FrechetDistance, GaussianStatistics, frechet_distance
+from fewstep.metrics.i3d import FVD, I3DFeatures
+from fewstep.metrics.inception import InceptionFeatures
+from fewstep.metrics.inception_score import InceptionScore
+from fewstep.metrics.kid import KID
+from fewstep.metrics.lpips import LPIPSDiversity, LPIPSFeatures, PairedLPIPS
+from fewstep.metrics.means import Means
+from fewstep.metrics.motion import MotionDifference, MotionFlow, RAFTFeatures
+from fewstep.metrics.pairs import Consistency, PairedDistance, PairedPSNR
+from fewstep.metrics.precision_recall import PrecisionRecall
+from fewstep.metrics.ranks import Ranks
+from fewstep.metrics.references import ReferenceStore
+from fewstep.metrics.rows import Rows
 from fewstep.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
+from fewstep.metrics.video_mae import FrechetVideoMAE, VideoMAEFeatures
 
 __all__ = [
-    "Accumulator",
+    "FID",
+    "FVD",
+    "KID",
+    "SFID",
+    "CLIPFeatures",
+    "CLIPFrechetDistance",
+    "CLIPScore",
+    "ClipFrechetDistance",
+    "ClipNetwork",
+    "Consistency",
+    "DINOv2Features",
     "DigitClassifierFeatures",
+    "FDDINOv2",
     "Features",
+    "FrameConsistency",
+    "FrameFID",
     "FrechetDistance",
-    "Gather",
+    "FrechetVideoMAE",
     "GaussianStatistics",
+    "I3DFeatures",
+    "InceptionFeatures",
+    "InceptionScore",
+    "LPIPSDiversity",
+    "LPIPSFeatures",
+    "Means",
     "Metric",
+    "MotionDifference",
+    "MotionFlow",
+    "PairedDistance",
+    "PairedLPIPS",
+    "PairedPSNR",
+    "PrecisionRecall",
+    "RAFTFeatures",
+    "Ranks",
+    "ReferenceStore",
+    "Rows",
+    "Samples",
     "SlicedWasserstein",
+    "Statistics",
+    "VideoMAEFeatures",
+    "collect",
     "frechet_distance",
+    "merged",
+    "numbers_of",
+    "share_features",
     "sliced_wasserstein",
+    "to_uint8",
 ]

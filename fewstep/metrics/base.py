@@ -1,20 +1,60 @@
-"""The face of a metric that compares a set of samples with a reference set."""
+"""What a metric is made of: samples, features of them, statistics of a set, and a comparison.
+
+A set of samples is seen a batch at a time and never kept whole: features are computed once for all
+metrics that share a network, statistics are summed or gathered over ranks, and the comparison of
+two sets' statistics gives the numbers.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-Gather = Callable[[Tensor], Tensor]
-"""Stacks a tensor of every rank along a new first dimension; the same on all ranks."""
+from fewstep.metrics.ranks import Ranks
+
+Better = Literal["lower", "higher"]
+Reference = Literal["data", "pairs", "none"]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """A batch of finished samples.
+
+    Attributes:
+        pixels: images ``(B, C, H, W)`` or videos ``(B, C, F, H, W)`` in [-1, 1], or vectors
+            ``(B, D)``.
+        numbers: ``(B,)`` int64 on the CPU: each sample's number in its set, the same however many
+            ranks share the work.
+        prompts: what each was asked for, where text was.
+    """
+
+    pixels: Tensor
+    numbers: Tensor
+    prompts: Sequence[str] | None = None
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+
+def numbers_of(keys: Sequence[str]) -> Tensor:
+    """Numbers ``(B,)`` for records that are known by their keys, in no particular order."""
+    digests = [hashlib.blake2b(key.encode(), digest_size=8).digest() for key in keys]
+    return torch.tensor([int.from_bytes(digest, "big") >> 1 for digest in digests])
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Pixels in [-1, 1] as the 8-bit values that a saved picture holds."""
+    return ((pixels.float() + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 
 class Features(ABC):
-    """A frozen map from decoded samples to feature vectors.
+    """A frozen map from samples to features, held outside of every module tree.
 
     Attributes:
         name: what metrics over these features are called by.
@@ -24,57 +64,76 @@ class Features(ABC):
 
     @abstractmethod
     def prepare(self) -> None:
-        """Fetches or trains whatever must lie on disk; called by one process only."""
+        """Makes sure that whatever must lie on disk does; called by one process of each machine.
+
+        Raises:
+            FewstepError: if weights are missing, naming the file, its hash and where to get it.
+        """
 
     @abstractmethod
     def load(self, device: torch.device) -> None:
         """Loads the network onto a device, after :meth:`prepare`."""
 
     @abstractmethod
-    def __call__(self, samples: Tensor) -> Tensor:
-        """``(B, ...)`` decoded samples to ``(B, D)`` features."""
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
+        """Named features ``(B, ...)``; networks for images give ``(B, F, ...)`` for videos."""
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:
         """Which features these are, with a hash of their weights, in plain values."""
 
+    def identity(self) -> Hashable:
+        """Equal for two that give the same features, so that one network serves both."""
+        return id(self)
 
-class Accumulator(ABC):
-    """Collects one set of samples, a batch at a time."""
+
+class Statistics(ABC):
+    """What a metric needs to know of one set of samples."""
 
     @abstractmethod
-    def update(self, samples: Tensor) -> None:
-        """Adds a batch of decoded samples ``(B, ...)``."""
+    def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
+        """Adds a batch."""
 
     @abstractmethod
-    def compute(self, gather: Gather | None = None) -> float:
-        """The metric of all samples so far, over all ranks; a collective if ``gather`` is given."""
+    def merged(self, ranks: Ranks) -> Self:
+        """Those of all ranks' samples together, the same on each; a collective."""
+
+    @abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """All they hold, to be stored."""
+
+    @abstractmethod
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        """Takes what :meth:`tensors` gave."""
 
 
 class Metric(ABC):
-    """A distance between generated samples and a reference set.
+    """Numbers that tell of a set of samples, mostly by comparison with another set.
 
     Attributes:
-        name: the metric's name in logs and results.
+        features: what it looks through; None for a metric of the samples themselves.
+        reference: what a set is compared with. ``data``: the data set, or the teacher's samples.
+            ``pairs``: samples that other weights or step counts made of the same noise.
+        pairs: how many pairs are compared, for a metric of pairs.
+        better: the names of its values, and which way each is better.
     """
 
-    name: str
+    features: Features | None = None
+    reference: ClassVar[Reference] = "data"
+    pairs: int = 256
+    better: Mapping[str, Better]
 
     @abstractmethod
-    def prepare(self) -> None:
-        """See :meth:`Features.prepare`."""
+    def statistics(self) -> Statistics:
+        """Statistics of no samples yet."""
 
     @abstractmethod
-    def load(self, device: torch.device) -> None:
-        """See :meth:`Features.load`."""
+    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
+        """The values by name, from the merged statistics of both sets.
 
-    @abstractmethod
-    def set_reference(self, samples: Iterable[Tensor]) -> None:
-        """Fixes the reference from batches of decoded samples."""
-
-    @abstractmethod
-    def accumulate(self) -> Accumulator:
-        """A fresh, empty collection to be compared with the reference."""
+        Raises:
+            FewstepError: if a set is too small for the metric.
+        """
 
     @abstractmethod
     def protocol(self) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+from collections.abc import Hashable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.metrics.base import Features
+from fewstep.metrics.base import Features, Samples
 from fewstep.seeding import torch_generator
 
 logger = logging.getLogger(__name__)
@@ -67,6 +68,7 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(data.target).long()
 
 
+@torch.enable_grad()  # evaluations run without
 def train_classifier(seed: int = 0) -> DigitClassifier:
     """Trains on all 1,797 digits with a little noise, in a few seconds on a CPU."""
     images, labels = _digits()
@@ -131,10 +133,13 @@ class DigitClassifierFeatures(Features):
         self.network = network.requires_grad_(False).eval().to(device)
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
+    def identity(self) -> Hashable:
+        return (type(self), self.path)
+
     @torch.no_grad()
-    def __call__(self, samples: Tensor) -> Tensor:
+    def __call__(self, samples: Samples) -> dict[str, Tensor]:
         assert self.network is not None, "load() comes first"
-        return self.network.features(samples.float())
+        return {"features": self.network.features(samples.pixels.float())}
 
     def protocol(self) -> dict[str, Any]:
         return {"name": self.name, "dimensions": NUM_FEATURES, "weights_sha256": self.sha256}

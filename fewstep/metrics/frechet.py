@@ -5,64 +5,120 @@ It is an FID only over Inception features; over any others it is named by those.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+import logging
+from collections.abc import Mapping
+from typing import Any, Self
 
 import torch
 from torch import Tensor
 
-from fewstep.metrics.base import Accumulator, Features, Gather, Metric
+from fewstep.errors import FewstepError
+from fewstep.metrics.base import Better, Features, Metric, Samples, Statistics
+from fewstep.metrics.ranks import Ranks
+
+logger = logging.getLogger(__name__)
 
 
-@dataclass
-class GaussianStatistics:
-    """Sums from which mean and covariance follow; they add up over batches and ranks."""
+class GaussianStatistics(Statistics):
+    """Sums from which mean and covariance follow; they add up over batches and ranks.
 
-    count: Tensor
-    total: Tensor
-    outer: Tensor
+    Features of video frames ``(B, F, D)`` count as ``B F`` samples.
 
-    @classmethod
-    def empty(cls, dim: int, device: torch.device | str = "cpu") -> GaussianStatistics:
-        """No samples of ``dim`` features."""
+    Args:
+        output: which features, ``(B, D)`` or ``(B, F, D)``.
+    """
 
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64, device=device)
+    def __init__(self, output: str = "features") -> None:
+        self.output = output
+        self.count: Tensor | None = None
+        self.total: Tensor | None = None
+        self.outer: Tensor | None = None
 
-        return cls(zeros(), zeros(dim), zeros(dim, dim))
+    def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
+        self.add(features[self.output])
 
-    def update(self, features: Tensor) -> None:
-        """Adds ``(B, D)`` features."""
-        wide = features.double()
+    def add(self, features: Tensor) -> None:
+        """Adds features ``(B, ..., D)``."""
+        wide = features.detach().flatten(0, -2).double()
+        if self.count is None or self.total is None or self.outer is None:
+            self.count = wide.new_zeros(())
+            self.total = wide.new_zeros(wide.shape[1])
+            self.outer = wide.new_zeros(wide.shape[1], wide.shape[1])
         self.count += len(wide)
         self.total += wide.sum(0)
-        self.outer += wide.T @ wide
+        self.outer.addmm_(wide.T, wide)
+
+    def merged(self, ranks: Ranks) -> Self:
+        found = type(self)(self.output)
+        found.count = ranks.sum(self.count)
+        found.total = ranks.sum(self.total)
+        found.outer = ranks.sum(self.outer)
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self.count is None or self.total is None or self.outer is None:
+            raise ValueError("There are no samples.")
+        return {"count": self.count, "total": self.total, "outer": self.outer}
+
+    def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self.count, self.total, self.outer = (tensors[n] for n in ("count", "total", "outer"))
 
     def moments(self) -> tuple[Tensor, Tensor]:
         """Mean ``(D,)`` and unbiased covariance ``(D, D)``.
 
         Raises:
-            ValueError: for fewer than two samples.
+            FewstepError: for fewer than two samples.
         """
-        if self.count < 2:
-            raise ValueError("A covariance needs at least two samples.")
-        mean = self.total / self.count
-        covariance = (self.outer - self.count * torch.outer(mean, mean)) / (self.count - 1)
+        if self.count is None or self.count < 2:
+            raise FewstepError("A Frechet distance needs at least two samples on either side.")
+        count, total, outer = self.tensors().values()
+        mean = total / count
+        covariance = (outer - count * torch.outer(mean, mean)) / (count - 1)
         return mean, covariance
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """``R`` ``(D, r)`` with ``R R^T`` the covariance ``(D, D)``, whose rank ``r`` may be less."""
+    lower, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:  # of full rank; several times faster than eigenvectors
+        return lower
+    values, vectors = torch.linalg.eigh(covariance)
+    rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
+    there = values > rounding
+    return vectors[:, there] * values[there].sqrt()
 
 
 def frechet_distance(mean_1: Tensor, cov_1: Tensor, mean_2: Tensor, cov_2: Tensor) -> Tensor:
     """``|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2))`` of two Gaussians (Dowson & Landau 1982).
 
-    The root's trace is that of ``(C1^(1/2) C2 C1^(1/2))^(1/2)``, which is symmetric: ``eigh`` is
-    exact for singular covariances too, and the result is never negative but for rounding.
+    The root's trace is that of ``(R^T C2 R)^(1/2)`` for any ``R R^T = C1``, which is symmetric: its
+    eigenvalues are exact for singular covariances too, and the result is never negative but for
+    rounding.
     """
-    values, vectors = torch.linalg.eigh(cov_1)
-    root_1 = (vectors * values.clamp_min(0).sqrt()) @ vectors.T
-    inner = torch.linalg.eigvalsh(root_1 @ cov_2 @ root_1)
+    root = _root(cov_1)
+    inner = torch.linalg.eigvalsh(root.T @ cov_2 @ root)
     trace = cov_1.trace() + cov_2.trace() - 2 * inner.clamp_min(0).sqrt().sum()
     return ((mean_1 - mean_2).square().sum() + trace).clamp_min(0)
+
+
+def warn_if_few(name: str, sides: Mapping[str, GaussianStatistics]) -> None:
+    """Warns of sets with too few samples for a covariance of full rank, which takes ``D + 1``.
+
+    The distance is still that of the sets' Gaussians, but far above the one of larger sets.
+    """
+    for side, statistics in sides.items():
+        count, total, _ = statistics.tensors().values()
+        if count < len(total) + 1:
+            logger.warning(
+                "%s: %d %s samples are fewer than the %d that a covariance of %d features takes. "
+                "The value is much larger than one of more samples would be; compare it with "
+                "nothing of another size.",
+                name,
+                int(count),
+                side,
+                len(total) + 1,
+                len(total),
+            )
 
 
 class FrechetDistance(Metric):
@@ -70,50 +126,28 @@ class FrechetDistance(Metric):
 
     Args:
         features: the feature network, which also names the metric.
+        name: of its value; ``frechet_`` and the features' name by default.
+        output: which of the network's outputs.
     """
 
-    def __init__(self, features: Features) -> None:
-        self.features = features
-        self.name = f"frechet_{features.name}"
-        self.reference: tuple[Tensor, Tensor] | None = None
+    def __init__(
+        self, features: Features, name: str | None = None, output: str = "features"
+    ) -> None:
+        self.features: Features = features
+        self.name = name or f"frechet_{features.name}"
+        self.output = output
+        self.better: dict[str, Better] = {self.name: "lower"}
 
-    def prepare(self) -> None:
-        self.features.prepare()
+    def statistics(self) -> GaussianStatistics:
+        return GaussianStatistics(self.output)
 
-    def load(self, device: torch.device) -> None:
-        self.features.load(device)
-
-    def set_reference(self, samples: Iterable[Tensor]) -> None:
-        accumulator = FrechetAccumulator(self)
-        for batch in samples:
-            accumulator.update(batch)
-        assert accumulator.statistics is not None
-        self.reference = accumulator.statistics.moments()
-
-    def accumulate(self) -> FrechetAccumulator:
-        return FrechetAccumulator(self)
+    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
+        assert isinstance(generated, GaussianStatistics)
+        assert isinstance(reference, GaussianStatistics)
+        mean, covariance = generated.moments()
+        others = (moment.to(mean.device) for moment in reference.moments())
+        warn_if_few(self.name, {"generated": generated, "reference": reference})
+        return {self.name: float(frechet_distance(mean, covariance, *others))}
 
     def protocol(self) -> dict[str, Any]:
-        return {"metric": self.name, "features": self.features.protocol()}
-
-
-class FrechetAccumulator(Accumulator):
-    """Statistics of the generated side."""
-
-    def __init__(self, metric: FrechetDistance) -> None:
-        self.metric = metric
-        self.statistics: GaussianStatistics | None = None
-
-    def update(self, samples: Tensor) -> None:
-        features = self.metric.features(samples)
-        if self.statistics is None:
-            self.statistics = GaussianStatistics.empty(features.shape[1], features.device)
-        self.statistics.update(features)
-
-    def compute(self, gather: Gather | None = None) -> float:
-        if self.statistics is None or self.metric.reference is None:
-            raise ValueError("Nothing to compare: set a reference and add samples first.")
-        s = self.statistics
-        if gather is not None:
-            s = GaussianStatistics(*(gather(t).sum(0) for t in (s.count, s.total, s.outer)))
-        return float(frechet_distance(*s.moments(), *self.metric.reference))
+        return {"metric": self.name, "output": self.output, "features": self.features.protocol()}

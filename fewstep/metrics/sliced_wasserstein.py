@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fewstep.metrics.base import Accumulator, Gather, Metric
+from fewstep.metrics.base import Better, Metric, Statistics
+from fewstep.metrics.rows import Rows
 from fewstep.seeding import torch_generator
 
 
@@ -38,16 +38,10 @@ class SlicedWasserstein(Metric):
     def __init__(self, num_directions: int = 64, seed: int = 0) -> None:
         self.num_directions = num_directions
         self.seed = seed
-        self.reference: Tensor | None = None
+        self.better: dict[str, Better] = {self.name: "lower"}
 
-    def prepare(self) -> None:
-        """Nothing to fetch."""
-
-    def load(self, device: torch.device) -> None:
-        """Nothing to load."""
-
-    def set_reference(self, samples: Iterable[Tensor]) -> None:
-        self.reference = torch.cat([batch.flatten(1).double() for batch in samples])
+    def statistics(self) -> Rows:
+        return Rows(["pixels"])
 
     def directions(self, dim: int) -> Tensor:
         """The projections, unit vectors ``(K, dim)`` float64."""
@@ -55,29 +49,12 @@ class SlicedWasserstein(Metric):
         vectors = torch.randn(self.num_directions, dim, generator=generator, dtype=torch.float64)
         return vectors / vectors.norm(dim=1, keepdim=True)
 
-    def accumulate(self) -> SlicedAccumulator:
-        return SlicedAccumulator(self)
+    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
+        assert isinstance(generated, Rows)
+        assert isinstance(reference, Rows)
+        first, second = (rows["pixels"].flatten(1).double() for rows in (generated, reference))
+        value = sliced_wasserstein(first, second, self.directions(first.shape[1]))
+        return {self.name: float(value)}
 
     def protocol(self) -> dict[str, Any]:
         return {"metric": self.name, "directions": self.num_directions, "seed": self.seed}
-
-
-class SlicedAccumulator(Accumulator):
-    """Keeps the samples."""
-
-    def __init__(self, metric: SlicedWasserstein) -> None:
-        self.metric = metric
-        self.samples: list[Tensor] = []
-
-    def update(self, samples: Tensor) -> None:
-        self.samples.append(samples.flatten(1).double())
-
-    def compute(self, gather: Gather | None = None) -> float:
-        if not self.samples or self.metric.reference is None:
-            raise ValueError("Nothing to compare: set a reference and add samples first.")
-        mine = torch.cat(self.samples)
-        if gather is not None:
-            mine = gather(mine).flatten(0, 1)
-        reference = self.metric.reference.to(mine.device)
-        directions = self.metric.directions(mine.shape[1]).to(mine.device)
-        return float(sliced_wasserstein(mine, reference, directions))

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import torch
 
-from fewstep.seeding import derived_seed, numpy_generator, torch_generator
+from fewstep.seeding import derived_seed, normal_like, numpy_generator, torch_generator
 
 
 def test_seeds_differ_in_every_argument() -> None:
@@ -44,3 +44,22 @@ def test_neighbouring_streams_are_uncorrelated() -> None:
     )
     correlation = draws.corrcoef() - torch.eye(8)
     assert correlation.abs().max() < 0.1
+
+
+def test_a_samples_numbers_do_not_depend_on_the_batch_it_is_in() -> None:
+    like = torch.empty(6, 3, 4)
+
+    def drawn(*numbers: int) -> torch.Tensor:
+        sources = [torch_generator(0, "sampler", number) for number in numbers]
+        return normal_like(like[: len(numbers)], sources)
+
+    together = drawn(0, 1, 2, 3, 4, 5)
+    assert together.shape == like.shape
+    assert torch.equal(together[[4, 1]], drawn(4, 1))
+    assert len(set(together.flatten().tolist())) == together.numel()
+
+
+def test_one_generator_draws_for_a_whole_batch_as_torch_does() -> None:
+    like = torch.empty(2, 3, dtype=torch.float64)
+    expected = torch.randn(2, 3, generator=torch_generator(0, "x"), dtype=torch.float64)
+    assert torch.equal(normal_like(like, torch_generator(0, "x")), expected)

@@ -6,10 +6,20 @@ import pytest
 import torch
 
 from fewstep.errors import FewstepError
-from fewstep.metrics import DigitClassifierFeatures, FrechetDistance, digit_classifier
+from fewstep.metrics import (
+    DigitClassifierFeatures,
+    FrechetDistance,
+    Samples,
+    collect,
+    digit_classifier,
+)
 from fewstep.metrics.digit_classifier import FILE_NAME, DigitClassifier, train_classifier
 
 CPU = torch.device("cpu")
+
+
+def numbered(images: torch.Tensor) -> Samples:
+    return Samples(images, torch.arange(len(images)))
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,7 @@ def test_the_classifier_knows_its_digits(features: DigitClassifierFeatures) -> N
 
 def test_features_are_what_the_classifier_decides_by(features: DigitClassifierFeatures) -> None:
     images, labels = digit_classifier._digits()
-    found = features(images[:20])
+    found = features(numbered(images[:20]))["features"]
     assert found.shape == (20, features.protocol()["dimensions"])
     assert not found.requires_grad
     assert features.network is not None
@@ -58,13 +68,11 @@ def test_features_are_what_the_classifier_decides_by(features: DigitClassifierFe
 def test_distances_see_wrong_digits_and_not_the_order(features: DigitClassifierFeatures) -> None:
     images, _ = digit_classifier._digits()
     metric = FrechetDistance(features)
-    metric.set_reference(images.split(256))
-    assert metric.name == "frechet_digit_classifier"
+    (reference,) = collect([metric], map(numbered, images.split(256)))
 
     def value(samples: torch.Tensor) -> float:
-        accumulator = metric.accumulate()
-        accumulator.update(samples)
-        return accumulator.compute()
+        (generated,) = collect([metric], [numbered(samples)])
+        return metric.compute(generated, reference)["frechet_digit_classifier"]
 
     noise = torch.rand(images.shape, generator=torch.Generator().manual_seed(0)) * 2 - 1
     same, half, none = value(images.flip(0)), value(images[::2]), value(noise)
@@ -81,7 +89,8 @@ def test_the_classifier_is_trained_once_and_then_cached(
     again.load(CPU)
     assert again.protocol() == features.protocol()
     images, _ = digit_classifier._digits()
-    assert torch.equal(again(images[:8]), features(images[:8]))
+    few = numbered(images[:8])
+    assert torch.equal(again(few)["features"], features(few)["features"])
 
 
 def test_training_is_a_function_of_the_seed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,32 +1,23 @@
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from scipy.linalg import sqrtm
 from torch import Tensor
 from torchmetrics.image.fid import _compute_fid
 
-from fewstep.metrics import Features, FrechetDistance, GaussianStatistics, frechet_distance
+from fewstep.errors import FewstepError
+from fewstep.metrics import (
+    FrechetDistance,
+    GaussianStatistics,
+    Ranks,
+    Samples,
+    collect,
+    frechet_distance,
+)
 
-
-class Flat(Features):
-    """Samples as their own features."""
-
-    name = "flat"
-
-    def prepare(self) -> None:
-        pass
-
-    def load(self, device: torch.device) -> None:
-        pass
-
-    def __call__(self, samples: Tensor) -> Tensor:
-        return samples.flatten(1)
-
-    def protocol(self) -> dict[str, Any]:
-        return {"name": "flat"}
+from metric_cases import Flat
+from ranks import in_group, run_ranks
 
 
 def randn(*shape: int, seed: int = 0) -> Tensor:
@@ -38,17 +29,18 @@ def covariance(dim: int, seed: int) -> Tensor:
     return root @ root.T / dim + 0.1 * torch.eye(dim)
 
 
-def metric(reference: Tensor) -> FrechetDistance:
-    distance = FrechetDistance(Flat())
-    distance.set_reference([reference])
-    return distance
-
-
-def value(distance: FrechetDistance, *batches: Tensor) -> float:
-    accumulator = distance.accumulate()
+def statistics(*batches: Tensor) -> GaussianStatistics:
+    found = GaussianStatistics()
     for batch in batches:
-        accumulator.update(batch)
-    return accumulator.compute()
+        found.add(batch)
+    return found
+
+
+def value(reference: Tensor, *batches: Tensor) -> float:
+    metric = FrechetDistance(Flat())
+    samples = [Samples(batch, torch.arange(len(batch))) for batch in batches]
+    (generated,) = collect([metric], samples)
+    return metric.compute(generated, statistics(reference))["frechet_flat"]
 
 
 def test_gaussians_on_common_axes_have_the_closed_distance() -> None:
@@ -84,76 +76,85 @@ def test_singular_covariances_are_no_obstacle() -> None:
     assert float(frechet_distance(zero, flat, one, 0 * flat)) == pytest.approx(1 + 5)
     # Fewer samples than features: rank-deficient, and still zero to itself.
     few = randn(5, 64)
-    assert value(metric(few), few) == pytest.approx(0, abs=1e-9)
+    assert value(few, few) == pytest.approx(0, abs=1e-9)
 
 
 def test_identical_sets_have_distance_zero() -> None:
     samples = randn(500, 16) + 3
-    assert value(metric(samples), samples) == pytest.approx(0, abs=1e-9)
+    assert value(samples, samples) == pytest.approx(0, abs=1e-9)
 
 
 def test_a_shifted_set_is_as_far_as_the_shift_squared() -> None:
     samples, shift = randn(500, 4), torch.tensor([1.0, -2.0, 0.0, 0.5]).double()
-    assert value(metric(samples), samples + shift) == pytest.approx(float(shift.square().sum()))
+    assert value(samples, samples + shift) == pytest.approx(float(shift.square().sum()))
 
 
 def test_a_rescaled_set_is_as_far_as_its_spread_says() -> None:
     samples = randn(500, 4)
     samples = samples - samples.mean(0)
     expected = float(samples.T.cov().trace())  # (3 - 2)^2 of every eigenvalue
-    assert value(metric(2 * samples), 3 * samples) == pytest.approx(expected)
+    assert value(2 * samples, 3 * samples) == pytest.approx(expected)
 
 
 def test_statistics_are_mean_and_unbiased_covariance() -> None:
     features = randn(50, 6).float() + 100
-    statistics = GaussianStatistics.empty(6)
-    for batch in features.split(7):
-        statistics.update(batch)
-    mean, cov = statistics.moments()
+    mean, cov = statistics(*features.split(7)).moments()
     assert mean.dtype == cov.dtype == torch.float64
     torch.testing.assert_close(mean, features.double().mean(0))
     torch.testing.assert_close(cov, features.double().T.cov(), rtol=1e-8, atol=1e-8)
 
 
 def test_order_and_batch_size_do_not_matter() -> None:
-    distance, samples = metric(randn(200, 8)), randn(300, 8, seed=1) * 1.5
-    whole = value(distance, samples)
-    assert value(distance, *samples.split(17)) == pytest.approx(whole, rel=1e-9)
+    reference, samples = randn(200, 8), randn(300, 8, seed=1) * 1.5
+    whole = value(reference, samples)
+    assert value(reference, *samples.split(17)) == pytest.approx(whole, rel=1e-9)
     shuffled = samples[torch.randperm(300, generator=torch.Generator().manual_seed(0))]
-    assert value(distance, *shuffled.split(64)) == pytest.approx(whole, rel=1e-9)
+    assert value(reference, *shuffled.split(64)) == pytest.approx(whole, rel=1e-9)
     assert whole > 0.1
 
 
-def test_ranks_together_say_what_one_process_says() -> None:
-    distance, samples = metric(randn(200, 8)), randn(300, 8, seed=1) * 1.5
-    ranks = [distance.accumulate(), distance.accumulate()]
-    ranks[0].update(samples[:110])
-    ranks[1].update(samples[110:])
-    other = ranks[1].statistics
-    assert other is not None
-    sums = {t.ndim: t for t in (other.count, other.total, other.outer)}
-    merged = ranks[0].compute(lambda mine: torch.stack([mine, sums[mine.ndim]]))
-    assert merged == pytest.approx(value(distance, samples), rel=1e-9)
-    assert merged != pytest.approx(ranks[0].compute(), rel=1e-3)
+def merged_by_rank(samples: Tensor, rank_rows: int) -> dict[str, Tensor]:
+    ranks = Ranks()
+    mine = [samples[:rank_rows], samples[rank_rows:]][ranks.rank]
+    return statistics(*([mine] if len(mine) else [])).merged(ranks).tensors()
 
 
-def test_collections_do_not_share_their_samples() -> None:
-    distance, samples = metric(randn(200, 4)), randn(200, 4, seed=1) + 1
-    first = value(distance, samples)
-    value(distance, 5 * samples)
-    assert value(distance, samples) == first
+@pytest.mark.parametrize("rank_rows", [110, 300])
+def test_ranks_together_say_what_one_process_says(rank_rows: int) -> None:
+    samples = randn(300, 8, seed=1) * 1.5
+    whole = statistics(samples).tensors()
+    for found in run_ranks(2, in_group, merged_by_rank, samples, rank_rows):
+        for name, expected in whole.items():
+            torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_stored_statistics_are_the_same_again() -> None:
+    samples = randn(50, 4)
+    restored = GaussianStatistics()
+    restored.restore(statistics(samples).tensors())
+    for found, expected in zip(restored.moments(), statistics(samples).moments(), strict=True):
+        assert torch.equal(found, expected)
+
+
+def test_frames_of_videos_count_as_samples() -> None:
+    frames = randn(20, 5, 4)
+    for found, expected in zip(
+        statistics(frames).moments(), statistics(frames.flatten(0, 1)).moments(), strict=True
+    ):
+        torch.testing.assert_close(found, expected)
 
 
 def test_it_is_named_after_its_features_and_not_an_fid() -> None:
     distance = FrechetDistance(Flat())
-    assert distance.name == "frechet_flat"
-    assert distance.protocol() == {"metric": "frechet_flat", "features": {"name": "flat"}}
+    assert distance.better == {"frechet_flat": "lower"}
+    assert distance.protocol()["metric"] == "frechet_flat"
+    assert distance.protocol()["features"] == {"name": "flat"}
 
 
-def test_nothing_to_compare_is_an_error() -> None:
-    with pytest.raises(ValueError, match="reference"):
-        value(FrechetDistance(Flat()), randn(4, 2))
-    with pytest.raises(ValueError, match="add samples"):
-        value(metric(randn(4, 2)))
-    with pytest.raises(ValueError, match="two samples"):
-        value(metric(randn(4, 2)), randn(1, 2))
+def test_too_few_samples_are_an_error() -> None:
+    with pytest.raises(FewstepError, match="two samples"):
+        value(randn(4, 2), randn(1, 2))
+    with pytest.raises(FewstepError, match="two samples"):
+        value(randn(1, 2), randn(4, 2))
+    with pytest.raises(ValueError, match="no samples"):
+        statistics().tensors()
