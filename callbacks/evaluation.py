@@ -3,40 +3,47 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from itertools import product
 from typing import Any, cast
 
 import lightning.pytorch as pl
-import torch
 from lightning.pytorch.callbacks import Callback
-from torch import Tensor
 
 from callbacks.console import say
+from callbacks.generation import Cell, Scene
+from callbacks.matrix import Matrix
+from callbacks.reference_sets import Against, ReferenceSets
 from callbacks.results import Measurement, write_results
-from fewstep.contracts import FewStepSampler, ReferenceData
-from fewstep.errors import FewstepError
-from fewstep.metrics import Accumulator, Metric
-from fewstep.seeding import torch_generator
-
-Cond = dict[str, Tensor]
+from callbacks.together import on_each_machine, on_first_rank
+from fewstep.contracts import FewStepSampler
+from fewstep.metrics import Metric, ReferenceStore, share_features
 
 
 class Evaluation(Callback):
-    """Measures generated samples against the datamodule's reference, at every step count.
+    """Measures generated samples: weights x step counts x seeds x metrics.
 
-    Noise is a function of (seed, number of the sample) alone: the same for all step counts, roles
-    and runs, and whatever the number of ranks. At the end of training, and of
-    ``fewstep evaluate``, the numbers are written to ``results.json`` with their protocol.
+    A sample's noise and condition are functions of (seed, its number) alone: the same for all step
+    counts, roles and runs, whatever the number of ranks. Ranks share the samples. At the end of
+    training, and of ``fewstep evaluate``, the numbers are written to ``results.json`` with their
+    protocol.
 
     Args:
-        metrics: what is measured.
+        metrics: what is measured; those over the same features share one network.
         num_steps: sampling step counts; those the method serves by default.
         num_samples: generated samples.
         roles: whose weights; the averaged student by default.
         every_n_updates: student updates between evaluations; 0 evaluates at the end only.
         num_samples_in_training: samples of the evaluations before the last one.
-        batch_size: samples generated at a time.
+        max_share: of the time since training started, what evaluations before the last one may
+            take; one that would take more is left out. The first one never is.
+        batch_size: samples generated at a time by a rank.
         seeds: seeds of the evaluation's noise; each gives a measurement of its own.
+        against: what samples are compared with: the data set, and samples of the teacher from
+            noise of their own, whose values are called ``.._to_teacher``.
+        teacher_steps: sampling steps of the teacher where students are compared with it.
+        references: folder of reference statistics, which are computed once for a data set,
+            features and protocol; below FEWSTEP_CACHE by default.
     """
 
     def __init__(
@@ -47,8 +54,12 @@ class Evaluation(Callback):
         roles: list[str] | None = None,
         every_n_updates: int = 0,
         num_samples_in_training: int = 1024,
+        max_share: float = 0.1,
         batch_size: int = 512,
         seeds: list[int] | None = None,
+        against: list[Against] | None = None,
+        teacher_steps: int = 50,
+        references: str | None = None,
     ) -> None:
         self.metrics = metrics
         self.num_steps = num_steps
@@ -56,13 +67,22 @@ class Evaluation(Callback):
         self.roles = roles
         self.every_n_updates = every_n_updates
         self.num_samples_in_training = num_samples_in_training
+        self.max_share = max_share
         self.batch_size = batch_size
         self.seeds = seeds or [0]
-        self.seconds = 0.0
-        self._cond: Cond | None = None
-        self._ready = False
+        self.against: list[Against] = against or ["data"]
+        self.references = ReferenceSets(
+            metrics, ReferenceStore(references), teacher_steps, num_samples
+        )
+        self.seconds = self._last_seconds = 0.0
+        self._began = time.monotonic()
+        self._loaded = False
 
     # ------------------------------------------------------------------ when
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Starts the clock that the evaluation's share of the run is told by."""
+        self._began = time.monotonic()
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -70,20 +90,31 @@ class Evaluation(Callback):
         """Evaluates every so many student updates."""
         updates = trainer.global_step
         last = updates >= trainer.max_steps > 0
-        if self.every_n_updates and updates % self.every_n_updates == 0 and not last:
+        due = self.every_n_updates and updates % self.every_n_updates == 0 and not last
+        if due and on_first_rank(trainer, self._affordable):
             self.run(trainer, pl_module, self.num_samples_in_training, self.seeds[:1])
+
+    def _affordable(self) -> bool:
+        """Whether one more evaluation like the last fits into the share of time."""
+        elapsed = time.monotonic() - self._began
+        return self.seconds + self._last_seconds <= self.max_share * (elapsed + self._last_seconds)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluates the trained student and writes the results."""
         if trainer.global_step >= trainer.max_steps > 0:
-            found = self.run(trainer, pl_module, self.num_samples, self.seeds)
-            write_results(trainer, pl_module, found)
+            self._run_and_write(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluates in ``fewstep validate`` and ``fewstep evaluate`` (not within training)."""
         if trainer.state.fn == "validate":
-            found = self.run(trainer, pl_module, self.num_samples, self.seeds)
-            write_results(trainer, pl_module, found)
+            self._run_and_write(trainer, pl_module)
+
+    def _run_and_write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        found = self.run(trainer, pl_module, self.num_samples, self.seeds)
+        cost = {"seconds": round(self.seconds, 3)}
+        if trainer.state.fn == "fit":
+            cost["share_of_run"] = self.seconds / (time.monotonic() - self._began)
+        write_results(trainer, pl_module, found, cost)
 
     # ------------------------------------------------------------------ what
 
@@ -94,133 +125,52 @@ class Evaluation(Callback):
         num_samples: int,
         seeds: Sequence[int],
     ) -> list[Measurement]:
-        """Measures all combinations of role, step count, seed and metric; a collective."""
+        """Measures all combinations of role, step count, seed and metric; a collective.
+
+        Raises:
+            FewstepError: if weights of a feature network are missing, or samples are too few.
+        """
         started = time.monotonic()
         sampler = cast(FewStepSampler, pl_module)
         roles = self.roles or sampler.sampling_roles()[:1]
-        found: list[Measurement] = []
+        cells = [
+            Cell(role, steps, seed)
+            for role in roles
+            for steps, seed in product(self.num_steps or sampler.step_counts(role), seeds)
+        ]
+        scene = Scene(trainer, pl_module, self.batch_size)
         was_training = pl_module.training
         pl_module.eval()
         try:
-            self._prepare(trainer, pl_module)
-            for role in roles:
-                for steps in self.num_steps or sampler.step_counts(role):
-                    for seed in seeds:
-                        found += self._measure(trainer, pl_module, role, steps, seed, num_samples)
+            self._load(scene)
+            matrix = Matrix(scene, self.references, self.against, num_samples)
+            found = matrix.measure(cells)
         finally:
             pl_module.train(was_training)
-        self.seconds += time.monotonic() - started
-        self._report(trainer, pl_module, found)
+        self._last_seconds = time.monotonic() - started
+        self.seconds += self._last_seconds
+        self._report(trainer, found)
         return found
 
-    def _prepare(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Loads feature networks and the reference, once."""
-        if self._ready:
+    def _load(self, scene: Scene) -> None:
+        """Loads the feature networks, once."""
+        if self._loaded:
             return
-        data = _reference_data(trainer)
-        for metric in self.metrics:
-            if trainer.is_global_zero:
-                metric.prepare()
-            trainer.strategy.barrier()
-            metric.load(pl_module.device)
-        conditions, samples = [], []
-        for batch in data.reference_batches():
-            samples.append(batch["sample"])
-            conditions.append(batch["cond"])
-        decode = cast(FewStepSampler, pl_module).decode
-        for metric in self.metrics:
-            metric.set_reference(decode(x.to(pl_module.device)) for x in samples)
-        self._cond = {
-            name: torch.cat([cond[name] for cond in conditions]) for name in conditions[0]
-        }
-        self._ready = True
+        _ = scene.data  # complains before anything is loaded if there is no reference set
+        for features in share_features(self.metrics):
+            on_each_machine(scene.trainer, features.prepare)
+            features.load(scene.module.device)
+        self._loaded = True
 
-    def _measure(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        role: str,
-        num_steps: int,
-        seed: int,
-        num_samples: int,
-    ) -> list[Measurement]:
-        accumulators: list[Accumulator] = [metric.accumulate() for metric in self.metrics]
-        for pixels in self._generate(trainer, pl_module, role, num_steps, seed, num_samples):
-            for accumulator in accumulators:
-                accumulator.update(pixels)
-        gather = trainer.strategy.all_gather if trainer.world_size > 1 else None
-        sampler = cast(FewStepSampler, pl_module)
-        return [
-            Measurement(
-                metric=metric.name,
-                value=accumulator.compute(gather),
-                num_steps=num_steps,
-                network_evaluations=sampler.sampling_evaluations(num_steps, role),
-                guidance_scale=sampler.guidance_scale(role),
-                role=role,
-                num_samples=num_samples,
-                seed=seed,
-                protocol={
-                    **metric.protocol(),
-                    "reference": _reference_data(trainer).reference_protocol(),
-                    "sample_shape": list(sampler.sample_shape),
-                },
-            )
-            for metric, accumulator in zip(self.metrics, accumulators, strict=True)
-        ]
-
-    def _generate(
-        self,
-        trainer: pl.Trainer,
-        pl_module: pl.LightningModule,
-        role: str,
-        num_steps: int,
-        seed: int,
-        num_samples: int,
-    ) -> Iterator[Tensor]:
-        """This rank's share of the samples, decoded, a batch at a time."""
-        sampler, device = cast(FewStepSampler, pl_module), pl_module.device
-        starts = range(0, num_samples, self.batch_size)
-        for number in range(trainer.global_rank, len(starts), trainer.world_size):
-            size = min(self.batch_size, num_samples - starts[number])
-            # Drawn on the CPU, so that the noise is the same on every kind of device.
-            noise_source = torch_generator(seed, "evaluation-noise", number)
-            noise = torch.randn(size, *sampler.sample_shape, generator=noise_source).to(device)
-            generator = torch_generator(seed, "evaluation-sampler", number, device=device)
-            x0 = sampler.sample(
-                noise, self._cond_of(starts[number], size, device), num_steps, generator, role
-            )
-            yield sampler.decode(x0)
-
-    def _cond_of(self, start: int, size: int, device: torch.device) -> Cond | None:
-        """Conditions of the reference data, over and over."""
-        if not self._cond:
-            return None
-        total = len(next(iter(self._cond.values())))
-        rows = torch.arange(start, start + size) % total
-        return {name: value[rows].to(device) for name, value in self._cond.items()}
-
-    def _report(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, found: list[Measurement]
-    ) -> None:
-        updates = trainer.global_step
+    def _report(self, trainer: pl.Trainer, found: list[Measurement]) -> None:
         first_seed = [m for m in found if m.seed == found[0].seed]
         values = {f"eval/{m.metric}/{m.role}/{m.num_steps}_steps": m.value for m in first_seed}
+        values["eval/seconds"] = self.seconds
         for logger in trainer.loggers:
             if trainer.state.fn == "fit":
-                logger.log_metrics(values, step=updates)
+                logger.log_metrics(values, step=trainer.global_step)
         for role in dict.fromkeys(m.role for m in first_seed):
             for metric in dict.fromkeys(m.metric for m in first_seed):
                 row = [m for m in first_seed if (m.role, m.metric) == (role, metric)]
                 figures = "   ".join(f"{m.num_steps}: {m.value:.3g}" for m in row)
                 say(trainer, f"{metric} of {role} at sampling steps   {figures}")
-
-
-def _reference_data(trainer: pl.Trainer) -> ReferenceData:
-    data = getattr(trainer, "datamodule", None)
-    if not isinstance(data, ReferenceData):
-        raise FewstepError(
-            f"{type(data).__name__} has no reference_batches(), so there is nothing to measure "
-            "against; remove the Evaluation callback or use one of fewstep's datamodules."
-        )
-    return data

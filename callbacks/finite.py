@@ -15,6 +15,7 @@ from fewstep.errors import FewstepError
 
 PREFIX = "train/"
 NORM = "_grad_norm"
+NEVER = 2**62  # beyond any update
 
 
 class FiniteLosses(Callback):
@@ -100,11 +101,14 @@ class FiniteLosses(Callback):
         """Reads the flags, which is where the host waits for the device; a collective."""
         if self._flags is None:
             return
+        # The maximum over ranks must be the earliest of those updates that are there, not the last.
+        self._flags[1] = torch.where(self._flags[1] > 0, NEVER - self._flags[1], 0)
         flags = cast(Tensor, trainer.strategy.reduce(self._flags, reduce_op="max"))
-        count, first, *what = flags.tolist()
+        count, left, *what = flags.tolist()
         self._flags = None
         if not count:
             return
+        first = NEVER - left
         self.skipped += count
         named = [name for name, wrong in zip(self._names, what, strict=True) if wrong]
         if self.skipped > self.max_skipped:

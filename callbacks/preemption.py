@@ -35,6 +35,9 @@ class Preemption(Callback):
     compute. Only the first rank leaves with status 75, the others with 0: launchers
     that watch their children then have no cause to kill a rank that is still leaving.
 
+    After the last update a run still measures; what takes long then, such as an evaluation, calls
+    :func:`leave_if_requested` at moments of its own choice.
+
     Lightning's own handlers of these signals save, or wait for other ranks, at whatever point the
     signal found them, and can hang; while training goes on they are replaced. If a run has several
     of these callbacks, the first does the work.
@@ -49,7 +52,7 @@ class Preemption(Callback):
                 f"every_n_updates of Preemption is {every_n_updates}; give 1 or more."
             )
         self.every_n_updates = every_n_updates
-        self._signalled = self._watching = False
+        self._signalled = self._watching = self._updated = False
         self._handlers: dict[signal.Signals, Any] = {}
         self._group: dist.ProcessGroup | None = None
         self._answer: torch.Tensor | None = None
@@ -68,7 +71,7 @@ class Preemption(Callback):
         everyone = [c for c in cast(Any, trainer).callbacks if isinstance(c, Preemption)]
         if everyone[0] is not self:
             return
-        self._watching, self._signalled = True, False
+        self._watching, self._signalled, self._updated = True, False, False
         if trainer.world_size > 1:
             # A group of its own, so that its messages never mix with those of the training step.
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
@@ -82,10 +85,10 @@ class Preemption(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Sends the question on its way; it is answered when the update is done."""
+        self._updated = True
         if not self._watching or (trainer.global_step + 1) % self.every_n_updates:
             return
-        flagged = trainer.is_global_zero and flag_of(trainer).exists()
-        self._answer = torch.tensor([int(flagged or self._signalled)])
+        self._answer = torch.tensor([int(self.requested(trainer))])
         if self._group is not None:
             self._travelling = dist.all_reduce(
                 self._answer, op=dist.ReduceOp.MAX, group=self._group, async_op=True
@@ -105,6 +108,18 @@ class Preemption(Callback):
         if asked and not done:
             self.stop(trainer)
 
+    def requested(self, trainer: pl.Trainer) -> bool:
+        """Whether this rank has been asked to stop; others may not have been."""
+        flagged = trainer.is_global_zero and flag_of(trainer).exists()
+        return self._watching and (flagged or self._signalled)
+
+    def agreed(self, trainer: pl.Trainer) -> bool:
+        """Whether any rank has been asked to stop; the same on all, and a collective."""
+        answer = torch.tensor([int(self.requested(trainer))])
+        if self._group is not None:
+            dist.all_reduce(answer, op=dist.ReduceOp.MAX, group=self._group)
+        return bool(answer.item())
+
     # ------------------------------------------------------------------ stopping
 
     def stop(self, trainer: pl.Trainer) -> None:
@@ -114,7 +129,8 @@ class Preemption(Callback):
             Preempted: always.
         """
         saving = [c for c in cast(Any, trainer).callbacks if isinstance(c, Checkpoints)]
-        if not self._just_saved(trainer):
+        # A resumed run that was finished has changed nothing.
+        if self._updated and not any(c.saved_at == trainer.global_step for c in saving):
             (saving[0] if saving else Checkpoints()).save(trainer)
         self._lower_flag(trainer)
         say(
@@ -125,23 +141,13 @@ class Preemption(Callback):
         trainer.strategy.barrier()  # nobody leaves while the first rank still writes
         raise Preempted(EXIT_STATUS if trainer.is_global_zero else 0)
 
-    def _just_saved(self, trainer: pl.Trainer) -> bool:
-        """Whether a callback whose turn comes before ours has saved this very update."""
-        callbacks = cast(Any, trainer).callbacks
-        return any(
-            isinstance(c, Checkpoints)
-            and c.every_n_updates
-            and trainer.global_step % c.every_n_updates == 0
-            for c in callbacks[: callbacks.index(self)]
-        )
-
     def _lower_flag(self, trainer: pl.Trainer) -> None:
         """Removes the file, so that the next start is not stopped by it."""
         if trainer.is_global_zero:
             flag_of(trainer).unlink(missing_ok=True)
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """A request that came with the last update is out of date."""
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """A request that came after all work is out of date."""
         if self._watching:
             self._lower_flag(trainer)
 
@@ -162,6 +168,32 @@ class Preemption(Callback):
             dist.destroy_process_group(self._group)
         self._handlers, self._group, self._watching = {}, None, False
         self._answer = self._travelling = None
+
+
+def requested(trainer: pl.Trainer) -> bool:
+    """Whether this rank of a run was asked to stop; others may not have been, so do not act."""
+    watcher = _watcher(trainer)
+    return watcher is not None and watcher.requested(trainer)
+
+
+def leave_if_requested(trainer: pl.Trainer) -> None:
+    """Saves and leaves with status 75, if any rank was asked to stop; a collective.
+
+    For work of a training run that takes long outside its updates; where no run is watched, as in
+    ``fewstep evaluate``, it does nothing.
+
+    Raises:
+        Preempted: on all ranks, if any was asked to stop.
+    """
+    watcher = _watcher(trainer)
+    if watcher is not None and watcher.agreed(trainer):
+        watcher.stop(trainer)
+
+
+def _watcher(trainer: pl.Trainer) -> Preemption | None:
+    """The callback that does the work, while it does."""
+    callbacks = cast(Any, trainer).callbacks
+    return next((c for c in callbacks if isinstance(c, Preemption) and c._watching), None)
 
 
 def flag_of(trainer: pl.Trainer) -> Path:

@@ -12,8 +12,10 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
+from callbacks.disk import explained_when_full
 from fewstep import __version__
 from fewstep.errors import FewstepError
+from fewstep.metrics.base import Better
 
 FILE_NAME = "results.json"
 PACKAGES = ("torch", "lightning", "diffusers", "torchmetrics", "webdataset")
@@ -28,6 +30,7 @@ class Measurement:
         network_evaluations: evaluations a sample, guidance included.
         guidance_scale: of classifier-free guidance while sampling; 1 is off.
         protocol: what must be equal for two numbers to be comparable.
+        better: which way.
     """
 
     metric: str
@@ -39,6 +42,7 @@ class Measurement:
     num_samples: int
     seed: int
     protocol: dict[str, Any]
+    better: Better = "lower"
 
     def key(self) -> tuple[Any, ...]:
         """What makes a later measurement replace an earlier one."""
@@ -62,11 +66,19 @@ def read_results(path: Path) -> dict[str, Any]:
 
 
 def write_results(
-    trainer: pl.Trainer, pl_module: pl.LightningModule, found: list[Measurement]
+    trainer: pl.Trainer,
+    pl_module: pl.LightningModule,
+    found: list[Measurement],
+    cost: dict[str, float],
 ) -> None:
     """Writes ``results.json`` into the run's folder; repeated measurements replace their like.
 
     Measurements of other weights (another number of student updates) are dropped, not mixed in.
+
+    Args:
+        trainer, pl_module: whose run, and method.
+        found: the measurements.
+        cost: seconds the evaluations took, and their share of the run.
     """
     if not trainer.is_global_zero:
         return
@@ -89,15 +101,17 @@ def write_results(
         "method": type(pl_module).__name__,
         "student_updates": updates,
         "training": record.get("training", getattr(pl_module, "training_cost", {})),
+        "evaluation": cost,
         "environment": environment(),
         "measurements": sorted(
             measurements.values(), key=lambda m: (m["metric"], m["role"], m["num_steps"], m["seed"])
         ),
     }
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(path)
+    with explained_when_full(path):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(content, indent=1))
+        partial.replace(path)
 
 
 def environment() -> dict[str, str]:

@@ -8,44 +8,27 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import Callback
-from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from torch import Tensor
-from torchvision.utils import make_grid
 
+from callbacks.clips import ClipFormat, clip, encode, strip
+from callbacks.logged import log_clip, log_picture
+from callbacks.pictures import as_pixels, picture, save_picture
 from fewstep.contracts import FewStepSampler, ReferenceData
 from fewstep.seeding import torch_generator
 
+__all__ = ["PROMPTS_FILE", "Samples", "picture", "save_picture"]
 
-def picture(decoded: Tensor, columns: int, extent: float = 2.0) -> Tensor:
-    """One uint8 image ``(3, H, W)`` of a batch.
-
-    Args:
-        decoded: images ``(B, C, H, W)`` in [-1, 1], laid out as a grid; or points ``(B, 2)``,
-            drawn as a density over ``[-extent, extent]^2``.
-        columns: images a row.
-    """
-    if decoded.ndim == 2:
-        bins = torch.histogramdd(
-            decoded.float().cpu(), bins=[96, 96], range=[-extent, extent, -extent, extent]
-        ).hist.T.flip(0)
-        level = 1 - (bins / bins.max().clamp_min(1)).sqrt()
-        return (level * 255).to(torch.uint8).expand(3, -1, -1)
-    grid = make_grid(decoded.float().cpu(), nrow=columns, padding=1, pad_value=0.0)
-    return ((grid + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
-
-
-def save_picture(image: Tensor, path: Path) -> None:
-    """Writes a uint8 image ``(3, H, W)`` as PNG."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(image.permute(1, 2, 0).numpy()).save(path)
+PROMPTS_FILE = "prompts.txt"
 
 
 class Samples(Callback):
     """Draws a picture for every step count and role, from noise that never changes.
 
-    Pictures go to ``samples/`` in the run's folder and to TensorBoard. Two runs with the same data
-    and sample shape start from the same noise and conditions, so pictures compare across methods.
+    Pictures go to ``samples/`` in the run's folder and to the run's loggers. Two runs with the same
+    data and sample shape start from the same noise and conditions, so pictures compare across
+    methods. Videos become an animation of the whole grid and, as the picture, the frames of its
+    first row. Where the data have prompts, ``samples/prompts.txt`` holds one a line, in the grid's
+    reading order.
 
     Args:
         num_steps: sampling step counts; those the method serves by default.
@@ -54,6 +37,12 @@ class Samples(Callback):
         roles: whose weights; the averaged student by default.
         every_n_updates: student updates between pictures; 0 draws at the end only.
         seed: of the noise.
+        batch_size: samples made at a time; fewer where large pictures do not fit into memory.
+        max_picture_width: of a picture, in pixels; larger grids are made smaller.
+        max_clip_width: of an animation, in pixels; larger grids are made smaller.
+        fps: frames a second of animations.
+        clip_format: of animations in the run's folder: webp, or gif, which is larger and has 256
+            colours but plays everywhere.
     """
 
     def __init__(
@@ -64,6 +53,11 @@ class Samples(Callback):
         roles: list[str] | None = None,
         every_n_updates: int = 0,
         seed: int = 0,
+        batch_size: int = 40,
+        max_picture_width: int = 2048,
+        max_clip_width: int = 1024,
+        fps: float = 8.0,
+        clip_format: ClipFormat = "webp",
     ) -> None:
         self.num_steps = num_steps
         self.count = count
@@ -71,7 +65,13 @@ class Samples(Callback):
         self.roles = roles
         self.every_n_updates = every_n_updates
         self.seed = seed
+        self.batch_size = batch_size
+        self.max_picture_width = max_picture_width
+        self.max_clip_width = max_clip_width
+        self.fps = fps
+        self.clip_format = clip_format
         self._cond: dict[str, Tensor] | None = None
+        self._prompts: list[str] = []
 
     def on_train_batch_end(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any
@@ -95,38 +95,73 @@ class Samples(Callback):
         pl_module.eval()
         for role in self.roles or sampler.sampling_roles()[:1]:
             for steps in self.num_steps or sampler.step_counts(role):
-                image = self._image(trainer, pl_module, role, steps)
+                made = self._samples(trainer, pl_module, role, steps)
                 if trainer.is_global_zero:
-                    name = f"{role}_{steps}_steps"
-                    folder = Path(trainer.default_root_dir) / "samples"
-                    save_picture(image, folder / f"{updates:08d}_{name}.png")
-                    for logger in trainer.loggers:
-                        if isinstance(logger, TensorBoardLogger):
-                            logger.experiment.add_image(f"samples/{name}", image, updates)
+                    self._write(trainer, made, f"{role}_{steps}_steps", updates)
+        if trainer.is_global_zero and self._prompts:
+            lines = [" ".join(prompt.split()) for prompt in self._prompts[: self.count]]
+            path = Path(trainer.default_root_dir) / "samples" / PROMPTS_FILE
+            path.write_text("\n".join(lines) + "\n", encoding="utf-8")
         pl_module.train(was_training)
 
-    def _image(
+    def _write(self, trainer: pl.Trainer, made: Tensor, name: str, updates: int) -> None:
+        """Writes a picture, and a clip of videos, to the run's folder and loggers."""
+        path = Path(trainer.default_root_dir) / "samples" / f"{updates:08d}_{name}.png"
+        video = made.ndim == 5
+        draw = strip if video else picture
+        image = draw(made, self.columns, max_width=self.max_picture_width)
+        save_picture(image, path)
+        for logger in trainer.loggers:
+            log_picture(logger, f"samples/{name}", image, updates)
+        if video:
+            frames = clip(made, self.columns)
+            moving = path.with_suffix(f".{self.clip_format}")
+            moving.write_bytes(encode(frames, self.fps, self.clip_format))
+            for logger in trainer.loggers:
+                log_clip(logger, f"clips/{name}", frames, self.fps, updates, moving)
+
+    def _samples(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, role: str, steps: int
     ) -> Tensor:
+        """Samples on the CPU, as small as they will be drawn; nothing on ranks that do not draw."""
         sampler, device = cast(FewStepSampler, pl_module), pl_module.device
-        count = 16 * self.count if len(sampler.sample_shape) == 1 else self.count
+        points = len(sampler.sample_shape) == 1
+        count = 16 * self.count if points else self.count
         noise_source = torch_generator(self.seed, "samples-noise")
-        noise = torch.randn(count, *sampler.sample_shape, generator=noise_source).to(device)
-        generator = torch_generator(self.seed, "samples-sampler", device=device)
-        cond = {
-            name: value[torch.arange(count) % len(value)].to(device)
-            for name, value in self._conditions(trainer).items()
-        }
-        x0 = sampler.sample(noise, cond or None, steps, generator, role)
-        return picture(sampler.decode(x0), self.columns)
+        noise = torch.randn(count, *sampler.sample_shape, generator=noise_source)
+        conditions = self._conditions(trainer, count)
+        made = []
+        for rows in torch.arange(count).split(count if points else self.batch_size):
+            cond = {n: value[rows % len(value)].to(device) for n, value in conditions.items()}
+            # A generator a sample: the size of batches changes no picture.
+            generators = [torch_generator(self.seed, "samples-sampler", n) for n in rows.tolist()]
+            prompts = [self._prompts[n % len(self._prompts)] for n in rows if self._prompts]
+            with torch.no_grad(), trainer.precision_plugin.val_step_context():
+                x0 = sampler.sample(
+                    noise[rows].to(device), cond or None, steps, generators, role, prompts or None
+                )
+                decoded = sampler.decode(x0)
+            if trainer.is_global_zero:
+                width = self.max_clip_width if decoded.ndim == 5 else self.max_picture_width
+                made.append(decoded if points else as_pixels(decoded, self.columns, width))
+        return torch.cat(made) if made else torch.empty(0)
 
-    def _conditions(self, trainer: pl.Trainer) -> dict[str, Tensor]:
+    def _conditions(self, trainer: pl.Trainer, count: int) -> dict[str, Tensor]:
         """One condition a class for labelled data (in order), else the first ones there are."""
         if self._cond is None:
             data = cast(ReferenceData, cast(Any, trainer).datamodule)
-            batches = list(data.reference_batches())
-            cond = {n: torch.cat([b["cond"][n] for b in batches]) for n in batches[0]["cond"]}
-            if set(cond) == {"class_labels"}:
+            found: list[dict[str, Tensor]] = []
+            seen = 0
+            for batch in data.reference_batches():
+                found.append(batch["cond"])
+                self._prompts += batch.get("prompt", [])
+                seen += len(batch["sample"])
+                labelled = set(batch["cond"]) == {"class_labels"} and not self._prompts
+                # Which classes there are is known at the end only; else a few records will do.
+                if seen >= count and not labelled:
+                    break
+            cond = {name: torch.cat([c[name] for c in found]) for name in found[0]}
+            if labelled:
                 cond = {"class_labels": cond["class_labels"].unique()}
             self._cond = cond
         return self._cond

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
 from datamodules.streaming import Shards
-from fewstep.contracts import Batch
+from fewstep.contracts import Batch, Conditions
 from fewstep.errors import FewstepError
 
 
@@ -183,9 +183,13 @@ class Mixed(pl.LightningDataModule):
         """The sources' held-out batches, one source after another."""
         return _OneAfterAnother(self, [source.val_dataloader() for source in self.sources.values()])
 
-    def reference_batches(self) -> Iterable[Batch]:
+    def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
         """The reference source's records."""
-        return self.reference.reference_batches()
+        return self.reference.reference_batches(rank, world_size)
+
+    def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
+        """Those of the reference source's records."""
+        return self.reference.reference_conditions(numbers)
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which records those are."""

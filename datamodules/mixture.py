@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch.utils.data import DataLoader, IterableDataset
 
-from fewstep.contracts import Batch
+from fewstep.contracts import Batch, Conditions
 from fewstep.networks import ring
 from fewstep.seeding import torch_generator
 
@@ -76,10 +77,16 @@ class RingData(pl.LightningDataModule):
             _Draws(self, "mixture-val", self.trainer.global_rank, 0, 4), batch_size=None
         )
 
-    def reference_batches(self) -> Iterable[Batch]:
+    def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
         """Fixed samples of the distribution."""
         count = -(-self.reference_samples // self.batch_size)
-        return (self.batch("mixture-reference", number) for number in range(count))
+        numbers = range(rank, count, world_size)
+        return (self.batch("mixture-reference", number) for number in numbers)
+
+    def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
+        """The modes by turns."""
+        labels = torch.tensor(numbers) % len(self.mixture.means)
+        return Conditions({"class_labels": labels})
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which distribution the reference is drawn from."""

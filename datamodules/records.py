@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,7 +17,7 @@ from datamodules.fields import Field, Random
 from datamodules.index import BLOCK, Record, Shape, names
 from datamodules.sources import Sources
 from datamodules.stream import Plan
-from fewstep.contracts import Batch
+from fewstep.contracts import Batch, Conditions
 from fewstep.errors import FewstepError
 from fewstep.seeding import numpy_generator
 
@@ -138,8 +139,29 @@ class Records(Dataset[Batch]):
             good = [self._stand_in(field, *numbers[0], int(plan.epochs[0]), skipped[0])]
         return self._collate(good, skipped)
 
-    def decode(self, field: Field, shard: int, number: int, epoch: int = 0) -> Sample | Skipped:
-        """Decodes one record; what is wrong with it comes back as a :class:`Skipped`."""
+    def conditions_of(self, records: Sequence[tuple[int, int]]) -> Conditions:
+        """The conditions alone of records (shard, number in the shard); damaged ones are replaced.
+
+        Raises:
+            FewstepError: if a shard has no good record.
+        """
+        found = [self.decode(None, shard, number) for shard, number in records]
+        good = [
+            self._stand_in(None, shard, number, 0, item) if isinstance(item, Skipped) else item
+            for item, (shard, number) in zip(found, records, strict=True)
+        ]
+        return self._conditions(good)
+
+    def decode(
+        self, field: Field | None, shard: int, number: int, epoch: int = 0
+    ) -> Sample | Skipped:
+        """Decodes one record; what is wrong with it comes back as a :class:`Skipped`.
+
+        Args:
+            field: decodes the sample; without one it is left unread.
+            shard, number: which record.
+            epoch: which its augmentation is drawn for.
+        """
         record = self.catalogue.index(shard).record(number, self.catalogue.shards[shard])
         random: Random | None = None
         if self.seed is not None:
@@ -155,7 +177,8 @@ class Records(Dataset[Batch]):
 
         try:
             conditions = {name: part(using) for name, using in self.conditions.items()}
-            return Sample(part(field), conditions, record.key, notes)
+            value = None if field is None else part(field)
+            return Sample(value, conditions, record.key, notes)
         except FewstepError:
             raise  # about the machine or the shard, not about this record
         except Exception as error:
@@ -172,7 +195,7 @@ class Records(Dataset[Batch]):
         return found
 
     def _stand_in(
-        self, field: Field, shard: int, number: int, epoch: int, first: Skipped
+        self, field: Field | None, shard: int, number: int, epoch: int, first: Skipped
     ) -> Sample:
         """The next good record of the shard, for a batch that would otherwise be empty.
 
@@ -189,20 +212,28 @@ class Records(Dataset[Batch]):
         )
 
     def _collate(self, good: list[Sample], skipped: list[Skipped]) -> Batch:
+        conditions = self._conditions(good)
         batch: Batch = {
             "sample": self.sample.collate([item.value for item in good]),
-            "cond": {},
+            "cond": conditions.cond,
             "key": [item.key for item in good],
         }
-        for name, field in self.conditions.items():
-            values = field.collate([item.conditions[name] for item in good])
-            if name == PROMPT:
-                batch["prompt"] = values
-            else:
-                batch["cond"].update(values if isinstance(values, dict) else {name: values})
+        if conditions.prompt is not None:
+            batch["prompt"] = conditions.prompt
         if skipped:
             batch["skipped"] = [str(item) for item in skipped]
         notes = [note for item in good for note in item.notes]
         if notes:
             batch["notes"] = notes
         return batch
+
+    def _conditions(self, good: list[Sample]) -> Conditions:
+        cond: dict[str, Any] = {}
+        prompt: list[str] | None = None
+        for name, field in self.conditions.items():
+            values = field.collate([item.conditions[name] for item in good])
+            if name == PROMPT:
+                prompt = values
+            else:
+                cond.update(values if isinstance(values, dict) else {name: values})
+        return Conditions(cond, prompt)

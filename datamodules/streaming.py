@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -15,16 +16,22 @@ from datamodules.fields import Field, Images, image_shape
 from datamodules.index import MAX_MEMBER_BYTES
 from datamodules.records import Records
 from datamodules.sources import Sources
+from datamodules.spread import spread
 from datamodules.stream import Position, Remainder, Stream
-from fewstep.contracts import Batch
+from datamodules.workers import Explained, end_when_unsent
+from fewstep.contracts import Batch, Conditions
 from fewstep.errors import FewstepError
 
 
 class Loader(DataLoader[Any]):
-    """A DataLoader whose position the datamodule keeps.
+    """A DataLoader whose position the datamodule keeps, and that explains the death of a worker.
 
     Lightning warns of loaders without a state; one of theirs would count what was prefetched.
     """
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Batches."""
+        return Explained(super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -196,11 +203,24 @@ class Shards(pl.LightningDataModule):
         stream = self._once(self.val_catalogue, self.trainer.global_rank, self.trainer.world_size)
         return self._loader(self.val_catalogue, stream)
 
-    def reference_batches(self) -> Iterable[Batch]:
+    def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
         """The training records once, in order: what Frechet distances compare with."""
         self.setup()
-        for batch in self._loader(self.train_catalogue, self._once(self.train_catalogue, 0, 1)):
+        once = self._once(self.train_catalogue, rank, world_size)
+        for batch in self._loader(self.train_catalogue, once):
             yield self.on_after_batch_transfer(self.on_before_batch_transfer(batch, 0), 0)
+
+    def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
+        """Conditions of training records, evenly spread over the shards."""
+        if not self.conditions:
+            return Conditions({})
+        self.setup()
+        ends = np.cumsum(self.train_catalogue.sizes)
+        places = np.array(spread(numbers, int(ends[-1])))
+        shards = np.searchsorted(ends, places, side="right")
+        rows = places - (ends - self.train_catalogue.sizes)[shards]
+        records = Records(self.train_catalogue, self.sources, self.sample, self.conditions)
+        return records.conditions_of(list(zip(shards.tolist(), rows.tolist(), strict=True)))
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which records the reference holds."""
@@ -238,6 +258,7 @@ class Shards(pl.LightningDataModule):
             prefetch_factor=self.prefetch_batches if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
+            worker_init_fn=end_when_unsent,
         )
 
     def _bucketed(self) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.fabric.plugins import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
@@ -88,6 +90,25 @@ def _like(parameter: Tensor, whole: Any) -> Any:
 
 class WholeCheckpointIO(TorchCheckpointIO):
     """Reads and writes checkpoint files, and reads sharded folders too."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None
+    ) -> None:
+        """Writes a local file in place, and waits until the disk has it.
+
+        Lightning's own makes a copy in memory and another in the folder for temporary files, which
+        may be too small. Whoever asks for a name that is never half written gives another at
+        first, as callbacks.Checkpoints does. Quotas of network disks are often told of only when
+        the disk is asked to have it all.
+        """
+        if storage_options is not None or "://" in str(path):
+            super().save_checkpoint(checkpoint, path, storage_options)
+            return
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with Path(path).open("wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Reads either kind."""

@@ -10,13 +10,16 @@ import logging
 import os
 import re
 import warnings
+from collections.abc import Mapping
+from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
+import torch
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from callbacks import Preemption, Progress
 from fewstep.errors import FewstepError
@@ -25,8 +28,12 @@ from lightning_modules.parallel import ShardedStrategy
 from lightning_modules.whole import WholeCheckpointIO
 from scripts.config_errors import explain
 from scripts.experiments import expand_arguments
+from scripts.launcher import watch_ranks
 from scripts.loggers import MetricsCSV
+from scripts.plan import Strategy
+from scripts.report.data import flatten
 from scripts.runs import place
+from scripts.tensorboard import TensorBoard
 from scripts.trainer import FewstepTrainer
 
 QUIET = (
@@ -42,7 +49,17 @@ QUIET = (
     r".*lr_scheduler.step\(\).*",
 )
 
+LOGGER_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 RUN_VERSION = "FEWSTEP_RUN_VERSION"
+
+# What a trainer is made with that only plans.
+HERE: dict[str, Any] = {
+    "accelerator": "cpu",
+    "devices": 1,
+    "num_nodes": 1,
+    "strategy": "auto",
+    "logger": False,
+}
 
 
 def quieten() -> None:
@@ -68,7 +85,10 @@ class Parser(LightningArgumentParser):
 
 
 class SaveConfig(SaveConfigCallback):
-    """Saves the resolved configuration into the run's folder; a resumed run writes it anew."""
+    """Saves the resolved configuration into the run's folder and tells it to the loggers.
+
+    A resumed run writes it anew.
+    """
 
     def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Writes ``config.yaml``; called on the first rank only."""
@@ -76,9 +96,11 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(
-            self.config, folder / "config.yaml", skip_none=False, overwrite=True, multifile=False
-        )
+        path = folder / "config.yaml"
+        self.parser.save(self.config, path, skip_none=False, overwrite=True, multifile=False)
+        settings = flatten(yaml.safe_load(path.read_text(encoding="utf-8")))
+        for logger in trainer.loggers:
+            logger.log_hyperparams(settings)
 
 
 class FewstepCLI(LightningCLI):
@@ -143,10 +165,16 @@ class FewstepCLI(LightningCLI):
     def before_instantiate_classes(self) -> None:
         """Decides on the run's folder and the checkpoint to start from."""
         config: Namespace = self.config[self.subcommand]
+        check_loggers(config)
+        foreign = config.get("samples") or config.get("pipeline")
         name = config.run.name or self.experiment or type_name(config)
+        if foreign is not None:
+            name = config.run.name or f"samples/{Path(foreign).resolve().name}"
         self.config[self.subcommand].run.name = name
         self.run_dir, self.checkpoint = Path(config.run.dir) / name, None
-        if self.subcommand != "plan":
+        if foreign is not None:
+            self.run_dir = self.run_dir / (config.run.version or "version_0")
+        elif self.subcommand != "plan":
             self.run_dir, self.checkpoint = place(
                 self.run_dir,
                 config.run.version or _version_of_first_rank(),
@@ -158,11 +186,16 @@ class FewstepCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds the run's folder and loggers to the trainer."""
         trainer = self._get(self.config_init, "trainer", default={})
+        if self.subcommand == "plan":
+            # What is planned for need not be there.
+            planner = cast(FewstepTrainer, super().instantiate_trainer(**HERE, **kwargs))
+            planner.asked = asked_for(trainer)
+            return planner
         loggers: Any = False
         if self.subcommand == "fit" and trainer.get("logger") is not False:
             loggers = [
                 MetricsCSV(self.run_dir),
-                TensorBoardLogger(str(self.run_dir), name="", version="tensorboard"),
+                TensorBoard(self.run_dir),
             ]
             extra = trainer.get("logger")
             if extra not in (None, True):
@@ -172,6 +205,7 @@ class FewstepCLI(LightningCLI):
         )
         if not isinstance(made.strategy, ShardedStrategy):
             made.strategy.checkpoint_io = WholeCheckpointIO()  # reads those of sharded runs too
+        watch_ranks(made.strategy)
         made.run_name = self.config[self.subcommand].run.name  # type: ignore[attr-defined]
         return made
 
@@ -184,9 +218,40 @@ class FewstepCLI(LightningCLI):
         return arguments
 
 
+def asked_for(trainer: Mapping[str, Any]) -> tuple[int, Strategy]:
+    """How many devices a trainer's configuration asks for, and how roles live on them."""
+    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes") or 1)
+    if isinstance(devices, str) and "," in devices:
+        devices = devices.strip("[]").split(",")
+    if isinstance(devices, list):
+        count = len(devices)
+    elif str(devices) in ("auto", "-1"):
+        count = max(1, torch.cuda.device_count())
+    else:
+        count = int(devices)
+    strategy = trainer.get("strategy")
+    sharded = isinstance(strategy, ShardedStrategy) or strategy == "fsdp2"
+    return count * nodes, "fsdp2" if sharded else "ddp"
+
+
 def _version_of_first_rank() -> str | None:
     """The run's folder that the process chose which started this one; None in that process."""
     return os.environ.get(RUN_VERSION) if os.environ.get("LOCAL_RANK", "0") != "0" else None
+
+
+def check_loggers(config: Namespace) -> None:
+    """Refuses a logger whose package is missing.
+
+    Raises:
+        FewstepError: says how to install it.
+    """
+    asked = str(config.get("trainer.logger"))
+    for name, package in LOGGER_PACKAGES.items():
+        if name in asked and find_spec(package) is None:
+            raise FewstepError(
+                f"trainer.logger is {name}, whose package {package} is not installed. Install it "
+                f"with pip install 'fewstep[{package}]'."
+            )
 
 
 def type_name(config: Namespace) -> str:

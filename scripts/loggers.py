@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import os
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -11,6 +13,8 @@ from typing import Any
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+
+from callbacks.disk import explained_when_full
 
 FILE_NAME = "metrics.csv"
 COLUMNS = ("step", "time", "name", "value")
@@ -52,17 +56,29 @@ class MetricsCSV(Logger):
     @rank_zero_only
     def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
         """Appends the values of one step."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / FILE_NAME
-        fresh = not path.exists()
         now = f"{time.time():.3f}"
+        rows = io.StringIO(newline="")
+        writer = csv.writer(rows)
+        if not path.exists():
+            writer.writerow(COLUMNS)
+        for name, value in metrics.items():
+            number = value.item() if isinstance(value, Tensor) else value
+            writer.writerow([step, now, name, repr(float(number))])
+        with explained_when_full(path):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _append(path, rows.getvalue())
+
+
+def _append(path: Path, text: str) -> None:
+    """Adds to a file; if that fails midway, the file is as it was."""
+    before = path.stat().st_size if path.exists() else 0
+    try:
         with path.open("a", newline="") as file:
-            writer = csv.writer(file)
-            if fresh:
-                writer.writerow(COLUMNS)
-            for name, value in metrics.items():
-                number = value.item() if isinstance(value, Tensor) else value
-                writer.writerow([step, now, name, repr(float(number))])
+            file.write(text)
+    except OSError:
+        os.truncate(path, before)
+        raise
 
 
 def read_metrics(folder: str | Path) -> dict[str, list[tuple[int, float]]]:

@@ -22,6 +22,7 @@ such as --trainer.max_steps 2000; --print_config shows all of them):
   submit     train it on a SLURM cluster; --status tells of jobs, --help of the options
 
 other commands:
+  suite      a matrix of experiments and seeds, here or on a cluster, that ends in a report
   report     one self-contained HTML page from any set of run folders
   shards     make, index, encode and check the shards that training data streams from
   demo       a teacher, its few-step students and their report, on this machine
@@ -57,12 +58,16 @@ def run(arguments: list[str]) -> None:
         from scripts.slurm import main as submit
 
         submit(arguments[1:])
+    elif command == "suite":
+        from scripts.suite import main as suite
+
+        suite(arguments[1:])
     elif command == "demo":
         from scripts.demo import main as demo
 
         demo(arguments[1:])
     else:
-        known = [*EXPERIMENT_COMMANDS, "report", "shards", "submit", "demo"]
+        known = [*EXPERIMENT_COMMANDS, "report", "shards", "submit", "suite", "demo"]
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "
             f"Commands: {', '.join(known)}; `fewstep --help` tells more."
@@ -71,23 +76,42 @@ def run(arguments: list[str]) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``fewstep`` command; returns the exit status."""
-    from fewstep.errors import FewstepError
-
     arguments = sys.argv[1:] if arguments is None else arguments
     if not arguments or arguments[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0
+    failed = True
     try:
         run(arguments)
-    except FewstepError as error:
-        if os.environ.get("FEWSTEP_TRACEBACK"):
-            traceback.print_exc()
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        failed = False
     except KeyboardInterrupt:
         print("\nStopped. The same command with --ckpt_path last goes on.", file=sys.stderr)
         return 130
+    except Exception as error:
+        return _tell(error)
+    finally:
+        if "scripts.launcher" in sys.modules:
+            from scripts.launcher import end_children
+
+            end_children(failed)
     return 0
+
+
+def _tell(error: Exception) -> int:
+    """Prints what a user can act on and returns the exit status; anything else is raised."""
+    from fewstep.errors import FewstepError
+
+    clear: Exception | None = error
+    if not isinstance(error, FewstepError):
+        from scripts.failures import explained
+
+        clear = explained(error)
+    if clear is None:
+        raise error
+    if os.environ.get("FEWSTEP_TRACEBACK"):
+        traceback.print_exception(error)
+    print(f"error: {clear}", file=sys.stderr, flush=True)
+    return getattr(clear, "status", 2)
 
 
 if __name__ == "__main__":

@@ -7,11 +7,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import ModelParallelStrategy
 
-from callbacks import Evaluation, Samples
+from callbacks import Evaluation, Preemption, Samples
+from callbacks.console import say
+from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
+from scripts.evaluate import FinishedSamples, PipelineSampler
+from scripts.evaluate.pipelines import ROLE
 from scripts.plan import Strategy, as_dict, format_plan, plan_of
 
 
@@ -20,9 +23,11 @@ class FewstepTrainer(pl.Trainer):
 
     Attributes:
         run_name: the experiment a run belongs to, such as ``digits/pcm``.
+        asked: devices and strategy that a plan is for, which this machine need not have.
     """
 
     run_name: str = "run"
+    asked: tuple[int, Strategy] = (1, "ddp")
 
     def evaluate(
         self,
@@ -33,8 +38,11 @@ class FewstepTrainer(pl.Trainer):
         roles: list[str] | None = None,
         seeds: list[int] | None = None,
         num_samples: int | None = None,
+        samples: str | None = None,
+        pipeline: str | None = None,
+        guidance: float | None = None,
     ) -> None:
-        """Measure a trained model at several step counts; writes results.json.
+        """Measure a trained model, a pipeline or finished samples; writes results.json.
 
         Args:
             ckpt_path: Checkpoint file or run folder; the experiment's newest by default.
@@ -42,13 +50,28 @@ class FewstepTrainer(pl.Trainer):
             roles: Whose weights: ema, student or teacher; the averaged student by default.
             seeds: Seeds of the sampling noise; each gives a measurement of its own.
             num_samples: Generated samples a measurement.
+            samples: Folder of finished images or videos, or of shards of them, to measure instead;
+                the experiment supplies data and metrics, and --steps what they were made in.
+            pipeline: Folder of a diffusers pipeline to sample with instead.
+            guidance: Guidance scale of the pipeline (its own default if not given), or the one
+                that finished samples were made with.
         """
         callback = self._only(Evaluation)
         callback.num_steps = steps or callback.num_steps
         callback.roles = roles or callback.roles
         callback.seeds = seeds or callback.seeds
         callback.num_samples = num_samples or callback.num_samples
-        self._run_validation(model, datamodule, ckpt_path)
+        method: pl.LightningModule = model
+        if samples is not None:
+            done = FinishedSamples(
+                Path(samples), datamodule, (steps or [0])[0], guidance or 1.0, num_samples
+            )
+            callback.num_samples, callback.roles = done.num_finished, [done.role]
+            callback.num_steps, method = done.steps, done
+        elif pipeline is not None:
+            callback.roles = [ROLE]
+            method = PipelineSampler(Path(pipeline), callback.num_steps or [1, 2, 4, 8], guidance)
+        self._run_validation(method, datamodule, ckpt_path)
         print(f"Results: {Path(self.default_root_dir) / 'results.json'}")
 
     def sample(
@@ -84,6 +107,7 @@ class FewstepTrainer(pl.Trainer):
         devices: int | None = None,
         strategy: Strategy | None = None,
         json: str | None = None,
+        ckpt_path: str | None = None,
     ) -> None:
         """Say what an experiment will cost: parameters, memory, network evaluations, FLOPs.
 
@@ -92,18 +116,48 @@ class FewstepTrainer(pl.Trainer):
             strategy: Replicate roles on all devices (ddp) or shard them (fsdp2); the experiment's
                 by default.
             json: File to write the plan to as well.
+            ckpt_path: Of no effect on costs; taken so that a run's own config.yaml can be planned.
         """
-        sharded = isinstance(self.strategy, ModelParallelStrategy)
         found = plan_of(
             model,
             datamodule,
-            devices or self.world_size,
-            strategy or ("fsdp2" if sharded else "ddp"),
+            devices or self.asked[0],
+            strategy or self.asked[1],
             str(self.precision),
         )
         print(format_plan(found))
         if json is not None:
             Path(json).write_text(dumps(as_dict(found), indent=2) + "\n")
+
+    def _run_stage(self) -> Any:
+        """Runs the loop; a resumed run that has no update left is only evaluated, if it was not.
+
+        Lightning would end at once. Such is a run that was preempted while it measured.
+        """
+        if self.state.fn != "fit" or not self.global_step >= self.max_steps > 0:
+            return super()._run_stage()
+        callbacks = cast(Any, self).callbacks
+        measuring = [c for c in callbacks if isinstance(c, Evaluation)]
+        done = f"Training is done: the checkpoint is of update {self.global_step:,}"
+        self.training = False  # there is no progress bar to print above of
+        if not measuring or self.strategy.broadcast(self._evaluated()):
+            say(self, f"{done}, and there is nothing left to do.")
+            return None
+        say(self, f"{done}. What is left is its evaluation.")
+        for callback in callbacks:
+            if isinstance(callback, Preemption):
+                callback.on_train_start(self, self.lightning_module)
+        for callback in measuring:
+            callback.on_train_end(self, self.lightning_module)
+        return None
+
+    def _evaluated(self) -> bool:
+        """Whether results.json holds measurements of as many updates as the student has had."""
+        path = Path(self.default_root_dir) / FILE_NAME
+        if not path.exists():
+            return False
+        found = read_results(path)
+        return found.get("student_updates") == self.global_step and bool(found["measurements"])
 
     def _only(self, kind: type[Any]) -> Any:
         """Keeps one of the measuring callbacks and drops the other."""
@@ -119,7 +173,9 @@ class FewstepTrainer(pl.Trainer):
         ]
         return found[0]
 
-    def _run_validation(self, model: FewStepModule, datamodule: Any, ckpt_path: str | None) -> None:
+    def _run_validation(
+        self, model: pl.LightningModule, datamodule: Any, ckpt_path: str | None
+    ) -> None:
         """Uses the validation loop for its set-up: strategy, precision, checkpoint, data."""
         self.limit_val_batches = 1
         self.validate(

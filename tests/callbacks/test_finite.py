@@ -15,20 +15,16 @@ from torch import Tensor
 from callbacks import Checkpoints, FiniteLosses
 from datamodules import RingData
 from fewstep.contracts import Batch
-from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.errors import FewstepError
-from fewstep.networks import RingMixture
 from lightning_modules import ConsistencyDistillation
 from lightning_modules.consistency_distillation import ConsistencyDraws
 from lightning_modules.finite import neutralise
 from lightning_modules.roles import Update
 
+from ranks import run_ranks
+from rings import quiet_trainer, ring_teacher
+
 Run = Callable[..., "Spoilt"]
-
-
-def ring_teacher() -> Denoiser:
-    schedule = VPSchedule()
-    return Denoiser(RingMixture(schedule, 5), schedule, "epsilon")
 
 
 class Spoilt(ConsistencyDistillation):
@@ -55,17 +51,7 @@ def run(tmp_path: Path) -> Run:
     ) -> Spoilt:
         torch.manual_seed(0)
         module = Spoilt(spoilt, **options)
-        trainer = pl.Trainer(
-            max_steps=updates,
-            accelerator="cpu",
-            logger=False,
-            enable_checkpointing=False,
-            enable_progress_bar=False,
-            enable_model_summary=False,
-            limit_val_batches=0,
-            default_root_dir=tmp_path,
-            callbacks=callbacks,
-        )
+        trainer = quiet_trainer(tmp_path, callbacks, updates)
         data = RingData(batch_size=32, reference_samples=64)
         trainer.fit(module, data, ckpt_path=ckpt_path, weights_only=True)
         return module
@@ -187,6 +173,56 @@ def test_gradients_of_several_dtypes_are_neutralised_together() -> None:
     gradients = [torch.full((2,), float("nan"), dtype=d) for d in (torch.float32, torch.bfloat16)]
     neutralise(gradients, torch.tensor(float("nan")))
     assert not any(g.any() for g in gradients)
+
+
+class SpoiltOnOne(ConsistencyDistillation):
+    """Logs a value that is NaN at stated (update, rank) pairs; its losses are averaged as ever."""
+
+    def __init__(self, spoilt: set[tuple[int, int]], in_loss: bool) -> None:
+        super().__init__(ring_teacher, 50)
+        self.spoilt, self.in_loss = spoilt, in_loss
+
+    def updates(self, batch: Batch, draws: ConsistencyDraws) -> Iterator[Update]:
+        here = (self.student_updates + 1, self.global_rank) in self.spoilt
+        factor = float("nan") if here and self.in_loss else 1.0
+        for update in super().updates(batch, draws):
+            yield Update(update.role, update.loss * factor, update.logs)
+        value = float("nan") if here and not self.in_loss else 1.0
+        self.log("train/own", torch.tensor(value))
+
+
+def fit_on_two(
+    folder: Path, spoilt: set[tuple[int, int]], in_loss: bool, max_skipped: int
+) -> tuple[str | None, int, int, list[str]]:
+    """The error, the updates, those skipped, and what was saved: what this rank knows of them."""
+    finite = FiniteLosses(max_skipped=max_skipped, every_n_updates=5)
+    callbacks = [finite, Checkpoints(every_n_updates=3, keep=None)]
+    trainer = quiet_trainer(folder, callbacks, 12, devices=2, strategy="ddp")
+    message = None
+    torch.manual_seed(0)
+    try:
+        trainer.fit(SpoiltOnOne(spoilt, in_loss), RingData(batch_size=32, reference_samples=64))
+    except FewstepError as error:
+        message = str(error)
+    return message, trainer.global_step, finite.skipped, saved(folder)
+
+
+@pytest.mark.parametrize("in_loss", [True, False])
+def test_all_ranks_stop_alike_when_one_alone_sees_a_nan(in_loss: bool, tmp_path: Path) -> None:
+    # The second rank's comes first; the first rank's alone must not be what is told.
+    spoilt = {(4, 1), (5, 0)}
+    first, second = run_ranks(2, fit_on_two, tmp_path, spoilt, in_loss, 0)
+    assert first == second
+    message, updates, _, checkpoints = first
+    assert "not finite at update 4" in message
+    assert updates == 5
+    assert checkpoints == ["update_00000003.ckpt"]
+
+
+def test_all_ranks_skip_alike_when_one_alone_sees_a_nan(tmp_path: Path) -> None:
+    found = run_ranks(2, fit_on_two, tmp_path, {(4, 1)}, True, 1)
+    everything = [f"update_{update:08d}.ckpt" for update in (3, 6, 9, 12)]
+    assert found == [(None, 12, 1, everything)] * 2
 
 
 def test_options_out_of_range_are_named() -> None:

@@ -14,21 +14,16 @@ from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from torch import Tensor
 
 from callbacks import Checkpoints, Evaluation, Preempted, Preemption
+from callbacks.preemption import leave_if_requested, requested
 from datamodules import RingData
-from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.metrics import SlicedWasserstein
-from fewstep.networks import RingMixture
 from lightning_modules import ConsistencyDistillation
 
 from ranks import run_ranks
+from rings import quiet_trainer, ring_teacher
 
 LAST = 8
-
-
-def ring_teacher() -> Denoiser:
-    schedule = VPSchedule()
-    return Denoiser(RingMixture(schedule, 5), schedule, "epsilon")
 
 
 class Ask(pl.Callback):
@@ -50,18 +45,7 @@ def fit(
 ) -> tuple[pl.Trainer, int | str | None]:
     """Trains on the ring; returns the trainer and the status it left with."""
     folder.mkdir(parents=True, exist_ok=True)
-    trainer = pl.Trainer(
-        max_steps=LAST,
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        limit_val_batches=0,
-        default_root_dir=folder,
-        callbacks=callbacks,
-        **options,
-    )
+    trainer = quiet_trainer(folder, callbacks, LAST, **options)
     pl.seed_everything(0)
     module = ConsistencyDistillation(ring_teacher, 50)
     data = RingData(batch_size=32, reference_samples=64)
@@ -127,6 +111,73 @@ def test_it_looks_only_every_so_many_updates(tmp_path: Path) -> None:
     assert trainer.global_step == 6
     with pytest.raises(FewstepError, match="give 1 or more"):
         Preemption(every_n_updates=0)
+
+
+class Long(pl.Callback):
+    """Work after the last update, during which the run is asked to stop."""
+
+    def __init__(self, how: str | signal.Signals, rank: int) -> None:
+        self.how, self.rank, self.parts = how, rank, 0
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        ask = Ask(trainer.global_step, self.how, self.rank)
+        for part in range(4):
+            leave_if_requested(trainer)
+            self.parts += 1
+            if part == 1:
+                assert not requested(trainer)
+                ask.on_train_batch_end(trainer)
+                assert requested(trainer) == (trainer.global_rank == self.rank)
+
+
+@pytest.mark.parametrize("how", ["file", signal.SIGTERM])
+def test_work_after_the_last_update_is_left_at_its_next_safe_moment(
+    how: str | signal.Signals, tmp_path: Path
+) -> None:
+    work, saving = Long(how, 0), Counting(1000)
+    trainer, status = fit(tmp_path, [Preemption(), work, saving])
+    assert (trainer.global_step, status, work.parts) == (LAST, 75, 2)
+    assert saving.saves == 1, "the last update was saved twice"
+    assert saved_updates(tmp_path) == [LAST]
+    assert not (tmp_path / "PREEMPT").exists()
+
+
+def test_two_ranks_leave_work_after_the_last_update_together(tmp_path: Path) -> None:
+    callbacks = [Checkpoints(1000), Preemption(), Long(signal.SIGTERM, 1)]
+    found = run_ranks(2, on_two_ranks, tmp_path, callbacks)
+    assert [(step, status) for step, status, _ in found] == [(LAST, 75), (LAST, 0)]
+
+
+class Asking(SlicedWasserstein):
+    """A metric in whose time the run is asked to stop."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.cells = folder, 0
+
+    def compute(self, *sets: Any) -> dict[str, float]:
+        self.cells += 1
+        if self.cells == 2:
+            (self.folder / "PREEMPT").touch()
+        return super().compute(*sets)
+
+
+def test_a_final_evaluation_is_left_between_its_cells(tmp_path: Path) -> None:
+    metric = Asking(tmp_path)
+    evaluation = Evaluation([metric], num_steps=[1, 2, 4, 8], num_samples=32)
+    trainer, status = fit(tmp_path, [evaluation, Checkpoints(1000), Preemption()])
+    assert (trainer.global_step, status, metric.cells) == (LAST, 75, 2)
+    assert saved_updates(tmp_path) == [LAST]
+    assert not (tmp_path / "results.json").exists(), "half an evaluation counts as none"
+
+
+def test_nothing_is_asked_where_no_run_is_watched(tmp_path: Path) -> None:
+    (tmp_path / "PREEMPT").touch()
+    trainer = pl.Trainer(
+        accelerator="cpu", logger=False, default_root_dir=tmp_path, callbacks=[Preemption()]
+    )
+    assert not requested(trainer)
+    leave_if_requested(trainer)
 
 
 class Counting(Checkpoints):

@@ -340,3 +340,41 @@ def test_the_reference_is_described_by_what_was_read(folder: Path) -> None:
     write_numbered(folder, [5, 6])
     assert shards(folder).reference_protocol()["records_sha256"] != protocol["records_sha256"]
     json.dumps(protocol)
+
+
+def labels_by_key(data: Shards) -> dict[str, int]:
+    return {
+        key: int(label)
+        for batch in data.reference_batches()
+        for key, label in zip(batch["key"], batch["cond"]["class_labels"], strict=True)
+    }
+
+
+def test_ranks_share_the_reference(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path, [8, 3, 6])
+    parts = [keys(list(shards(folder, batch_size=2).reference_batches(r, 3))) for r in range(3)]
+    seen = [key for part in parts for key in part]
+    assert len(seen) == len(set(seen)) == 17
+
+
+def test_samples_get_the_conditions_of_records_from_all_over_the_shards(tmp_path: Path) -> None:
+    data = Digits(str(tmp_path / "digits"))
+    data.prepare_data()
+    everyone = sorted(labels_by_key(data).values())
+    lent = data.reference_conditions(range(1617)).cond["class_labels"]
+    assert sorted(lent.tolist()) == everyone  # each record lends its condition once
+    assert torch.equal(data.reference_conditions([5, 1620]).cond["class_labels"], lent[[5, 3]])
+    assert set(lent[:40].tolist()) == set(range(10))
+
+
+def test_a_damaged_record_lends_no_condition(tmp_path: Path) -> None:
+    members = {f"{n}.png": png(n) for n in range(4)} | {f"{n}.txt": b"text" for n in range(4)}
+    members["2.txt"] = b"\xff\xfe"  # not UTF-8
+    write_tar(tmp_path / "a.tar", dict(sorted(members.items())))
+    data = shards(tmp_path, conditions={"prompt": Caption()})
+    assert data.reference_conditions(range(4)).prompt == ["text"] * 4
+
+
+def test_data_without_conditions_lends_none(folder: Path) -> None:
+    lent = shards(folder, conditions={}).reference_conditions(range(3))
+    assert lent == ({}, None)

@@ -12,12 +12,10 @@ import torch
 import yaml
 
 from fewstep.errors import FewstepError
-from scripts.experiments import experiments_root, short_name
+from scripts.experiments import known_experiments
 from scripts.main import main, run
 
-EXPERIMENTS = sorted(
-    short_name(p) for p in experiments_root().rglob("*.yaml") if p.name != "defaults.yaml"
-)
+EXPERIMENTS = known_experiments()
 ROOT = Path(__file__).resolve().parents[2]
 
 

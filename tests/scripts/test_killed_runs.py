@@ -1,4 +1,4 @@
-"""A run that is killed and resumed, through the command a user would type."""
+"""Runs that are killed, whole or in part, and resumed, through the command a user would type."""
 
 from __future__ import annotations
 
@@ -51,12 +51,18 @@ def finish(folder: Path, name: str, *more: str) -> None:
     assert run.wait(timeout=240) == 0, (folder / f"{name}.out").read_text()[-3000:]
 
 
-def kill_after(folder: Path, name: str, updates: int) -> None:
-    run = begin(folder, name)
+def begin_and_wait(folder: Path, name: str, updates: int, *more: str) -> subprocess.Popen[bytes]:
+    """A run that has come so far."""
+    run = begin(folder, name, *more)
     log = folder / f"{name}.log"
     while not log.exists() or len(read_log(log)) < updates:
         assert run.poll() is None, (folder / f"{name}.out").read_text()[-3000:]
         time.sleep(0.005)
+    return run
+
+
+def kill_after(folder: Path, name: str, updates: int) -> None:
+    run = begin_and_wait(folder, name, updates)
     os.killpg(run.pid, signal.SIGKILL)
     run.wait()
 
@@ -93,3 +99,96 @@ def test_a_killed_run_goes_on_with_two_ranks_and_finishes_the_epoch(tmp_path: Pa
     assert len(seen) > 1.3 * epoch
     assert len(set(seen[:epoch])) == epoch, "a sample was seen twice or lost"
     assert len(set(seen[epoch : 2 * epoch])) == len(seen[epoch : 2 * epoch])
+
+
+# ---------------------------------------------------------------------- a part of a run is killed
+
+LONG = ["--trainer.max_steps", "100000"]
+TWO = ["--trainer.devices", "2", "--trainer.strategy"]
+
+
+def processes_of(run: subprocess.Popen[bytes]) -> dict[int, str]:
+    """Command lines of all living processes of a run, by their ids."""
+    found = {}
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, parent_and_more = (folder / "stat").read_text().rpartition(")")[2].split(None, 1)
+            if state != "Z" and int(parent_and_more.split()[2]) == run.pid:  # its session
+                found[int(folder.name)] = (folder / "cmdline").read_text().replace("\0", " ")
+        except (FileNotFoundError, ProcessLookupError):
+            continue
+    return found
+
+
+def children_of(parent: int) -> list[int]:
+    return [
+        int(child)
+        for task in Path(f"/proc/{parent}/task").iterdir()
+        for child in (task / "children").read_text().split()
+    ]
+
+
+def wait_until_none_is_left(run: subprocess.Popen[bytes], seconds: float) -> None:
+    until = time.monotonic() + seconds
+    while processes_of(run) and time.monotonic() < until:
+        time.sleep(0.1)
+    left = processes_of(run)
+    for number in left:
+        os.kill(number, signal.SIGKILL)
+    assert not left, f"orphans: {left}"
+
+
+def output_of(folder: Path, name: str) -> str:
+    return (folder / f"{name}.out").read_text()
+
+
+def finish_soon_after(folder: Path, name: str, *more: str) -> None:
+    """Resumes a run and lets it make a few updates more."""
+    checkpoints = folder / f"runs/{name}/version_0/checkpoints"
+    done = int((checkpoints / "last.ckpt").resolve().stem.removeprefix("update_"))
+    goal = ["--trainer.max_steps", str(done + 2 * EVERY)]
+    finish(folder, name, "--ckpt_path", "last", *more, *goal)
+    assert (checkpoints / "last.ckpt").resolve().stem == f"update_{done + 2 * EVERY:08d}"
+
+
+@pytest.mark.slow
+def test_a_killed_data_worker_ends_the_run_in_one_message_and_it_goes_on(tmp_path: Path) -> None:
+    run = begin_and_wait(tmp_path, "worker", EVERY + 1, *LONG)
+    os.kill(children_of(run.pid)[0], signal.SIGKILL)
+    assert run.wait(timeout=60) == 2
+    said = output_of(tmp_path, "worker")
+    assert "error: A data-loading process is killed by SIGKILL" in said
+    assert "data.init_args.num_workers" in said
+    assert "Traceback" not in said[said.index("error:") :]
+    wait_until_none_is_left(run, 15)
+    finish_soon_after(tmp_path, "worker")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_lost_rank_ends_all_ranks_in_one_message_and_the_run_goes_on(
+    strategy: str, tmp_path: Path
+) -> None:
+    run = begin_and_wait(tmp_path, "lost", 2 * (EVERY + 1), *LONG, *TWO, strategy)
+    second = [n for n in children_of(run.pid) if "LOCAL_RANK=1\0" in environment_of(n)]
+    os.kill(second[0], signal.SIGKILL)
+    assert run.wait(timeout=60) == 3
+    said = output_of(tmp_path, "lost")
+    assert said.count("error: Another rank of this run was lost or met an error of its own") == 1
+    assert f"rank process {second[0]} was killed by SIGKILL" in said
+    assert "--ckpt_path last" in said
+    wait_until_none_is_left(run, 40)
+    finish_soon_after(tmp_path, "lost", *TWO, strategy)
+
+
+def environment_of(process: int) -> str:
+    return Path(f"/proc/{process}/environ").read_text()
+
+
+@pytest.mark.slow
+def test_no_rank_is_left_behind_when_the_first_is_killed(tmp_path: Path) -> None:
+    run = begin_and_wait(tmp_path, "first", 2 * (EVERY + 1), *LONG, *TWO, "ddp")
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    wait_until_none_is_left(run, 40)
+    assert "error: Another rank of this run was lost" in output_of(tmp_path, "first")

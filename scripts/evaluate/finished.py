@@ -1,0 +1,147 @@
+"""Finished images or videos, in a folder or in shards, as a set of samples to be measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from datamodules import Mixed, Shards
+from datamodules.fields import Caption, Field, Images, Videos
+from fewstep.contracts import Batch
+from fewstep.errors import FewstepError
+from scripts.evaluate.standing import StandIn
+
+
+class FinishedSamples(StandIn):
+    """Samples that somebody has made, decoded as the experiment's own data are.
+
+    Args:
+        path: a folder of image or video files (searched to any depth; ``x.txt`` beside ``x.png`` is
+            its prompt), one of shards, or a shard.
+        data: the experiment's data; their field decodes the files, so that both sides are resized
+            and cropped alike.
+        num_steps: steps the samples were made in, for the record; 0 is unknown.
+        guidance: guidance scale they were made with, for the record.
+        most: how many to measure; all by default.
+
+    Raises:
+        FewstepError: if there are no samples, or the data hold no pixels.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        data: pl.LightningDataModule | None,
+        num_steps: int = 0,
+        guidance: float = 1.0,
+        most: int | None = None,
+    ) -> None:
+        super().__init__("samples", [num_steps], guidance)
+        own = data.reference if isinstance(data, Mixed) else data
+        if not isinstance(own, Shards) or not isinstance(own.sample, Images | Videos):
+            raise FewstepError(
+                "Finished samples are decoded as the experiment's data are, but this experiment's "
+                f"data ({type(own).__name__}) hold no images or videos. Give an experiment, or "
+                "`--data`, whose `sample` is datamodules.fields.Images or Videos."
+            )
+        if not path.exists():
+            raise FewstepError(f"There is no folder or shard '{path}' of samples.")
+        self._shards: Shards | None = None
+        self._files: _Files | None = None
+        if path.is_file() or any(path.rglob("*.tar")):
+            self._shards = _as_shards(path, own)
+            count = sum(self._shards.train_catalogue.sizes)
+        else:
+            self._files = _Files(path, own.sample, most)
+            count = len(self._files)
+        self.num_finished = count if most is None else min(count, most)
+        self._batch_size, self._num_workers = own.batch_size, own.num_workers
+        first = next(iter(self.finished_batches()))["sample"]
+        self.sample_shape = tuple(first.shape[1:])
+
+    def finished_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """A rank's share of the samples."""
+        if self._shards is not None:
+            yield from self._shards.reference_batches(rank, world_size)
+            return
+        assert self._files is not None
+        own = torch.utils.data.Subset(self._files, range(rank, self.num_finished, world_size))
+        yield from DataLoader(
+            own, self._batch_size, num_workers=self._num_workers, collate_fn=self._files.collate
+        )
+
+
+def _as_shards(path: Path, data: Shards) -> Shards:
+    conditions: dict[str, Field] = {
+        name: field for name, field in data.conditions.items() if isinstance(field, Caption)
+    }
+    found = Shards(
+        str(path),
+        str(path),
+        batch_size=data.batch_size,
+        sample=data.sample,
+        conditions=conditions,
+        num_workers=data.num_workers,
+        max_damaged=0,
+    )
+    found.prepare_data()
+    found.setup()
+    return found
+
+
+class _Files(Dataset[Batch]):
+    """Files of a folder that a field can decode, in the order of their names."""
+
+    def __init__(self, folder: Path, field: Field, most: int | None) -> None:
+        self.folder = folder
+        self.field = field
+        extensions = {f".{key}" for key in field.keys}
+        found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions)
+        if not found:
+            raise FewstepError(
+                f"'{folder}' holds no {', '.join(sorted(field.keys))} files and no shards."
+            )
+        self.files = found[:most]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, number: int) -> Any:
+        path = self.files[number]
+        try:
+            value = self.field.decode(path.read_bytes(), path.suffix[1:].lower(), None).value
+        except (ValueError, OSError) as error:
+            return FewstepError(
+                f"'{path}' cannot be decoded ({error}). Mend it or take it out: a set that lacks "
+                "samples is another set."
+            )
+        text = path.with_suffix(".txt")
+        prompt = text.read_text(encoding="utf-8").strip() if text.is_file() else None
+        return value, str(path.relative_to(self.folder)), prompt
+
+    def collate(self, items: list[Any]) -> Batch:
+        """A batch of decoded files.
+
+        Raises:
+            FewstepError: for a damaged file, or files of several sizes.
+        """
+        for item in items:
+            if isinstance(item, FewstepError):
+                raise item
+        values, keys, prompts = zip(*items, strict=True)
+        sizes = {tuple(value.shape) for value in values}
+        if len(sizes) > 1:
+            raise FewstepError(
+                f"The samples in '{self.folder}' have several sizes, {sorted(sizes)[:3]}; give the "
+                "data's `sample` a size, to which all are then brought."
+            )
+        sample = self.field.finish(self.field.collate(list(values)))
+        batch: Batch = {"sample": sample, "cond": {}, "key": list(keys)}
+        if all(prompt is not None for prompt in prompts):
+            batch["prompt"] = list(prompts)
+        return batch
