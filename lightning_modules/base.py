@@ -15,30 +15,30 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from typing import Any, ClassVar, Literal, cast
 
-import lightning.pytorch as pl
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from lightning.pytorch.core.optimizer import LightningOptimizer
-from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch import Tensor, nn
 from torch.optim import AdamW
-from torch.optim.lr_scheduler import LambdaLR
 
 from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, DenoiserLike, Guided, ode_sample
 from fewstep.errors import FewstepError
 from fewstep.networks import ema_update, warmed_up_decay
 from fewstep.networks.loading import METADATA_KEY
-from fewstep.seeding import torch_generator
+from fewstep.seeding import Generators, torch_generator
 from lightning_modules.checks import check_same_experiment, load_strictly
-from lightning_modules.finite import neutralise, skip_unless
-from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
-from lightning_modules.optimisation import Draws, learning_rate_factor, micro_batches
+from lightning_modules.optimisation import Draws, micro_batches
+from lightning_modules.optimised_roles import OptimisedRoles
 from lightning_modules.parallel import ShardedStrategy, shard
+from lightning_modules.preparation import (
+    check_precision,
+    checkpoint_activations,
+    compile_blocks,
+)
 from lightning_modules.roles import Evaluations, Update, frozen, run_seed
 
 
-class FewStepModule(pl.LightningModule):
+class FewStepModule(OptimisedRoles):
     """Common ground of all methods.
 
     Args:
@@ -53,6 +53,13 @@ class FewStepModule(pl.LightningModule):
         step_counts: numbers of sampling steps to measure at; 1, 2, 4 and 8 by default, or the one
             number a phased student serves.
         compile_blocks: torch.compile each block of every network.
+        checkpoint_activations: keep only the blocks' inputs for the backward pass and compute the
+            rest once more: less memory for about a third more time.
+        frozen_precision: what frozen roles are kept in. bfloat16 halves their memory, and their
+            time where the run itself is not in bf16-mixed; what they predict is still read, and
+            compared, in float32.
+        shard_frozen: under FSDP2, shard frozen roles too; otherwise each device has them whole,
+            which takes memory and saves gathering them for every evaluation.
     """
 
     frozen_roles: ClassVar[tuple[str, ...]] = ()
@@ -72,24 +79,23 @@ class FewStepModule(pl.LightningModule):
         sampling_guidance: float = 1.0,
         step_counts: list[int] | None = None,
         compile_blocks: bool = False,
+        checkpoint_activations: bool = False,
+        frozen_precision: Literal["float32", "bfloat16"] = "float32",
+        shard_frozen: bool = True,
     ) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.trained_roles: tuple[str, ...] = ("student",)
-        self.make_optimizer = {"student": optimizer}
-        self.warmup_updates = warmup_updates
-        self.lr_decay = lr_decay
-        self.gradient_clip = gradient_clip
+        super().__init__({"student": optimizer}, warmup_updates, lr_decay, gradient_clip)
         self.accumulate = accumulate
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup
         self.sampling_guidance = sampling_guidance
         self.measured_steps = step_counts
         self.compile_blocks = compile_blocks
+        self.checkpoint_activations = checkpoint_activations
+        self.frozen_precision = frozen_precision
+        self.shard_frozen = shard_frozen
         self.provenance: dict[str, dict[str, str]] = {}
         self.loaded_metadata: dict[str, Any] | None = None
         self.training_cost: dict[str, Any] = {}
-        self._averagers: dict[str, GradientAverager | None] = {}
 
     # ------------------------------------------------------------------ what a method provides
 
@@ -115,7 +121,7 @@ class FewStepModule(pl.LightningModule):
         noise: Tensor,
         cond: dict[str, Tensor] | None,
         num_steps: int,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """How this method's student samples; by default along the probability-flow ODE."""
         times = denoiser.schedule.spaced_times(num_steps)
@@ -128,35 +134,41 @@ class FewStepModule(pl.LightningModule):
     # ------------------------------------------------------------------ roles
 
     def configure_model(self) -> None:
-        """Builds all roles, once: build, load, copy, average, compile."""
+        """Builds all roles, once: build, load, copy, average, checkpoint, compile, shard.
+
+        Raises:
+            FewstepError: for a precision in which averages and optimisers would lose updates.
+        """
         if "student" in self._modules:
             return
+        if self._trainer is not None:
+            check_precision(str(self._trainer.precision))
         self.build_roles()
         self.ema = None
         if self.ema_decay is not None:
             self.ema = cast(Denoiser, frozen(copy.deepcopy(self.student).float()))
         for role in self.frozen_roles:
-            frozen(getattr(self, role))
-        if self.compile_blocks:
-            self._compile()
-        self._shard()
+            frozen(getattr(self, role)).to(getattr(torch, self.frozen_precision))
+        for name, network in self._roles():
+            if self.checkpoint_activations and name != "ema":
+                checkpoint_activations(network)
+            if self.compile_blocks:
+                compile_blocks(network)
+        if self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy):
+            self._shard(self._trainer.strategy, str(self._trainer.precision) == "bf16-mixed")
 
-    def _shard(self) -> None:
-        """Shards each role on its own, if the strategy asks for it."""
-        if self._trainer is None or not isinstance(self._trainer.strategy, ShardedStrategy):
-            return
-        mesh, mixed = self._trainer.strategy.shard_mesh, self._trainer.precision == "bf16-mixed"
-        for role in (*self.trained_roles, "ema", *self.frozen_roles):
-            if getattr(self, role, None) is not None:
-                low = torch.bfloat16 if mixed and role != "ema" else None
-                shard(getattr(self, role), mesh, low)
+    def _roles(self) -> list[tuple[str, nn.Module]]:
+        """The networks that there are, by role: trained, averaged, frozen."""
+        names = (*self.trained_roles, "ema", *self.frozen_roles)
+        found = [(name, getattr(self, name, None)) for name in names]
+        return [(name, role) for name, role in found if role is not None]
 
-    def _compile(self) -> None:
-        for role in ("student", "ema", *self.frozen_roles):
-            network = getattr(self, role)
-            if isinstance(network, Denoiser):
-                for name in network.backbone.feature_blocks:
-                    network.backbone.get_submodule(name).compile()
+    def _shard(self, strategy: ShardedStrategy, mixed: bool) -> None:
+        """Shards each role on its own."""
+        mesh = strategy.shard_mesh
+        for name, network in self._roles():
+            if name not in self.frozen_roles or self.shard_frozen:
+                shard(network, mesh, torch.bfloat16 if mixed and name != "ema" else None)
 
     def train(self, mode: bool = True) -> FewStepModule:
         """Sets train mode, except for frozen and averaged roles."""
@@ -212,81 +224,6 @@ class FewStepModule(pl.LightningModule):
         everyone: Batch = {**batch, "sample": shapes}
         return self.draw(everyone, generator).rows(slice(rank * size, (rank + 1) * size))
 
-    def _backward(self, loss: Tensor, role: str, last: bool) -> None:
-        """Adds a loss's gradient to its role, and to no other."""
-        own = self._parameters_of(role)
-        others = [p for r in self.trained_roles if r != role for p in self._parameters_of(r)]
-        averager = self._averager(role) if last else None
-        if averager is not None:
-            averager.arm()
-        if is_sharded(own) or is_sharded(others):
-            with kept_out(others):
-                self.manual_backward(loss)
-        else:
-            # `inputs` keeps gradient out of every other role without toggling requires_grad.
-            self.manual_backward(loss, inputs=own)
-        if averager is not None:
-            averager.finish()
-
-    def _averager(self, role: str) -> GradientAverager | None:
-        """Averages what FSDP2 does not: replicated parameters, where there are several ranks."""
-        if self.trainer.world_size == 1:
-            return None
-        if role not in self._averagers:
-            replicated = [p for p in self._parameters_of(role) if not is_sharded([p])]
-            self._averagers[role] = GradientAverager(replicated) if replicated else None
-        return self._averagers[role]
-
-    def _mean_over_ranks(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.trainer.world_size == 1:
-            return logs
-        values = self.trainer.strategy.reduce(torch.stack(list(logs.values())), reduce_op="mean")
-        return dict(zip(logs, cast(Tensor, values).unbind(), strict=True))
-
-    def _step(self, role: str, optimizer: LightningOptimizer) -> Tensor:
-        """Clips and steps one role; returns its gradient norm before clipping."""
-        parameters = self._parameters_of(role)
-        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
-        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        # A NaN must not reach weights and averages before the host has looked at the losses; with
-        # fp16 it is the scaler that skips the step, and it must see why.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
-            skip_unless(finite, optimizer.optimizer)
-        if role == "student":
-            optimizer.step()
-        else:
-            # Past the Lightning wrapper, which would count this step in `global_step`.
-            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, model=self)
-        optimizer.zero_grad(set_to_none=True)
-        self._schedulers()[self.trained_roles.index(role)].step()
-        return norm
-
-    def configure_optimizers(self) -> Any:
-        """One optimiser and learning-rate schedule a trained role, in the order of roles."""
-        total = self.trainer.max_steps
-
-        def factor(update: int) -> float:
-            return learning_rate_factor(update, self.warmup_updates, total, self.lr_decay)
-
-        optimizers = [
-            self.make_optimizer[role](self._parameters_of(role)) for role in self.trained_roles
-        ]
-        return optimizers, [LambdaLR(optimizer, factor) for optimizer in optimizers]
-
-    def _parameters_of(self, role: str) -> list[torch.nn.Parameter]:
-        return [p for p in getattr(self, role).parameters() if p.requires_grad]
-
-    def _optimizers(self) -> list[LightningOptimizer]:
-        found = self.optimizers()
-        return cast(list[LightningOptimizer], found if isinstance(found, list) else [found])
-
-    def _schedulers(self) -> list[LambdaLR]:
-        found = self.lr_schedulers()
-        return cast(list[LambdaLR], found if isinstance(found, list) else [found])
-
     def _generator(self, stream: str, *counters: int) -> torch.Generator:
         """Random numbers that depend on (seed, stream, counters) alone, for exact resume."""
         return torch_generator(run_seed(), stream, *counters, device=self.device)
@@ -323,8 +260,9 @@ class FewStepModule(pl.LightningModule):
         noise: Tensor,
         cond: dict[str, Tensor] | None,
         num_steps: int,
-        generator: torch.Generator | None = None,
+        generator: Generators = None,
         role: str | None = None,
+        prompt: list[str] | None = None,
     ) -> Tensor:
         """Turns noise ``(B, ...)`` into samples.
 
@@ -332,8 +270,10 @@ class FewStepModule(pl.LightningModule):
             noise: standard normal noise.
             cond: conditioning under the backbone's argument names.
             num_steps: sampling steps.
-            generator: for samplers that draw, on the noise's device.
+            generator: for samplers that draw: one on the noise's device, or one on the CPU for each
+                sample.
             role: whose weights; the averaged student by default. ``teacher`` follows the ODE.
+            prompt: captions, of no effect on networks whose conditions are all in ``cond``.
 
         Raises:
             FewstepError: for a role that cannot sample, or a step count the student cannot serve.

@@ -30,6 +30,7 @@ from fewstep.diffusion.consistency import guidance_embedding, lcm_output
 from fewstep.diffusion.losses import DistanceName, distance
 from fewstep.diffusion.tables import expand_to
 from fewstep.errors import FewstepError
+from fewstep.seeding import Generators
 from lightning_modules.base import FewStepModule
 from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
@@ -220,7 +221,7 @@ class ConsistencyDistillation(FewStepModule):
         noise: Tensor,
         cond: dict[str, Tensor] | None,
         num_steps: int,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """Multistep consistency sampling over evenly spaced grid points."""
         if not 1 <= num_steps <= self.num_grid_points:

@@ -36,6 +36,8 @@ def micro_batches(batch: Batch, draws: Draws, count: int) -> Iterator[tuple[floa
             "cond": {name: value[rows] for name, value in batch["cond"].items()},
             "key": batch["key"][rows],
         }
+        if "prompt" in batch:
+            part["prompt"] = batch["prompt"][rows]
         yield (rows.stop - start) / total, part, draws.rows(rows)
 
 

@@ -16,6 +16,7 @@ from fewstep.diffusion import DenoiserLike, phased_sample
 from fewstep.diffusion.losses import hinge_discriminator, hinge_generator
 from fewstep.errors import FewstepError
 from fewstep.networks import FeatureDiscriminator
+from fewstep.seeding import Generators
 from lightning_modules.consistency_distillation import (
     ConsistencyDistillation,
     ConsistencyDraws,
@@ -94,7 +95,6 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         self.stochasticity = stochasticity
         self.allow_untrained_steps = allow_untrained_steps
         if adversarial_weight:
-            self.trained_roles = ("student", "discriminator")
             self.make_optimizer["discriminator"] = discriminator_optimizer
         if self.boundary == "lcm":
             raise FewstepError("boundary: lcm ends at clean data and has no phases; use jump.")
@@ -192,7 +192,7 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         noise: Tensor,
         cond: dict[str, Tensor] | None,
         num_steps: int,
-        generator: torch.Generator | None,
+        generator: Generators,
     ) -> Tensor:
         """Chains the jumps from edge to edge, at the very edges the student was trained on."""
         times = self.phases.sampling_times(num_steps, self.allow_untrained_steps)

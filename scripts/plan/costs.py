@@ -162,7 +162,8 @@ def _role_plan(
 ) -> RolePlan:
     backbones = [m for m in module.modules() if isinstance(m, Backbone)]
     # What is in no backbone, such as the heads of a discriminator, stays replicated.
-    shares = shares if backbones else 1
+    whole = not backbones or (name in model.frozen_roles and not model.shard_frozen)
+    shares = 1 if whole else shares
     trained = _bytes(module, trainable=True) if name in model.trained_roles else 0
     states = (step.optimizer if step else {}).get(name, 2 * trained)
     evaluations = model.evaluations().get(name)

@@ -16,10 +16,11 @@ from fewstep.errors import FewstepError
 from fewstep.networks.loading import METADATA_KEY, find_checkpoint, read_checkpoint
 from fewstep.spec import Spec
 from lightning_modules import FewStepModule
+from lightning_modules.preparation import check_precision
 from scripts.experiments import find_experiment, with_defaults
 
 # Precisions in which Lightning converts all of a module.
-WEIGHTS = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}
+WEIGHTS = {"64-true": torch.float64}
 
 
 @contextmanager
@@ -55,8 +56,10 @@ def build_without_weights(model: FewStepModule, precision: str = "32-true") -> l
         what a reader must know about how that was possible.
 
     Raises:
-        FewstepError: if nothing says what the teacher's architecture is.
+        FewstepError: if nothing says what the teacher's architecture is, or for a precision that
+            methods refuse.
     """
+    check_precision(precision)
     notes: list[str] = []
     source = getattr(model, "teacher_source", None)
     if model.compile_blocks:

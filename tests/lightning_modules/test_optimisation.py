@@ -35,11 +35,13 @@ def test_micro_batches_cover_a_ragged_batch_once_and_shares_sum_to_one() -> None
         "sample": torch.arange(7.0)[:, None],
         "cond": {"class_labels": torch.arange(7)},
         "key": [str(i) for i in range(7)],
+        "prompt": [f"caption {i}" for i in range(7)],
     }
     parts = list(micro_batches(batch, Numbers(torch.arange(7)), 3))
     assert sum(share for share, _, _ in parts) == pytest.approx(1)
     assert torch.cat([part["sample"] for _, part, _ in parts]).flatten().tolist() == list(range(7))
     assert [k for _, part, _ in parts for k in part["key"]] == [str(i) for i in range(7)]
+    assert [p for _, part, _ in parts for p in part["prompt"]] == batch["prompt"]
     for _, part, draws in parts:
         assert isinstance(draws, Numbers)
         assert torch.equal(draws.values, part["cond"]["class_labels"])

@@ -19,8 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 import scripts.trainer
 from datamodules import Digits
 from fewstep.diffusion import Denoiser, VPSchedule
+from fewstep.errors import FewstepError
 from fewstep.networks import DiT
-from lightning_modules import DiffusionTraining, FewStepModule
+from lightning_modules import ConsistencyDistillation, DiffusionTraining, FewStepModule
 from scripts.main import main, run
 from scripts.plan import Plan, Strategy, plan_of
 from scripts.plan.roles import architecture_of, parameters_on_meta
@@ -111,6 +112,30 @@ def step(module: FewStepModule, data: pl.LightningDataModule, precision: Any = N
     return measured
 
 
+@pytest.mark.parametrize(
+    ("arguments", "devices", "sharded"),
+    [
+        (["--trainer.devices", "8", "--trainer.num_nodes", "4"], 32, False),
+        (["--trainer.devices", "[0, 1, 3]", "--trainer.strategy", "fsdp2"], 3, True),
+        (["--trainer.strategy", "fsdp2", "--devices", "64"], 64, True),
+    ],
+)
+def test_a_plan_is_for_devices_that_need_not_be_here(
+    here: Path, arguments: list[str], devices: int, sharded: bool
+) -> None:
+    gpus = ["--trainer.accelerator", "gpu"]
+    run(["plan", "-c", "digits/teacher", *gpus, *arguments, "--json", "plan.json"])
+    plan = json.loads(Path("plan.json").read_text())
+    assert (plan["devices"], plan["strategy"]) == (devices, "fsdp2" if sharded else "ddp")
+
+
+def test_the_configuration_a_run_left_can_be_planned(here: Path) -> None:
+    quick = ["--trainer.max_steps", "1", "--trainer.callbacks", "[]", "--trainer.limit_val_batches"]
+    run(["fit", "-c", "analytic/lcm", *quick, "0", "--run.version", "first"])
+    run(["plan", "-c", "runs/analytic/lcm/first/config.yaml", "--json", "plan.json"])
+    assert json.loads(Path("plan.json").read_text())["method"] == "ConsistencyDistillation"
+
+
 def test_the_table_names_each_role(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(["plan", "-c", "digits/teacher", "--json", "plan.json"])
     printed = capsys.readouterr().out
@@ -186,10 +211,29 @@ def test_optimiser_states_are_those_of_the_optimiser(momentum: float, states: in
     assert plan.roles[0].optimizer == states * plan.roles[0].parameters
 
 
-def test_a_module_converted_to_half_precision_is_half_as_large() -> None:
-    whole, half = (plan_of(small(), Digits(), precision=p) for p in ("32-true", "bf16-true"))
-    assert [r.weights * 2 for r in half.roles] == [r.weights for r in whole.roles]
-    assert 2 * half.resident == whole.resident
+def digit_teacher() -> Denoiser:
+    return Denoiser(DiT(8, 1), VPSchedule(), "v_prediction")
+
+
+def test_frozen_roles_in_half_precision_are_half_as_large() -> None:
+    whole, half = (
+        plan_of(ConsistencyDistillation(digit_teacher, 20, frozen_precision=p), Digits())
+        for p in ("float32", "bfloat16")
+    )
+    for there, here in zip(whole.roles, half.roles, strict=True):
+        assert there.weights == here.weights * (2 if there.role == "teacher" else 1)
+
+
+def test_frozen_roles_that_are_not_sharded_are_whole_on_each_device() -> None:
+    module = ConsistencyDistillation(digit_teacher, 20, shard_frozen=False)
+    plan = plan_of(module, Digits(), devices=4, strategy="fsdp2")
+    roles = {role.role: role for role in plan.roles}
+    assert roles["teacher"].weights == 4 * roles["student"].weights
+
+
+def test_a_precision_that_methods_refuse_is_not_planned() -> None:
+    with pytest.raises(FewstepError, match="bf16-mixed"):
+        plan_of(small(), Digits(), precision="bf16-true")
 
 
 def test_sharding_divides_all_but_a_block_and_replication_nothing() -> None:

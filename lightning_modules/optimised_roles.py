@@ -1,0 +1,123 @@
+"""The optimisation path that all methods share: whose gradient, clipping, steps, schedules."""
+
+from __future__ import annotations
+
+from typing import Any, Literal, cast
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.cli import OptimizerCallable
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_modules.finite import neutralise, skip_unless
+from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
+from lightning_modules.optimisation import learning_rate_factor
+
+
+class OptimisedRoles(pl.LightningModule):
+    """Trains several roles, each with its own optimiser, in one manual optimisation.
+
+    Args:
+        optimizers: makes each trained role's optimiser from its parameters, in the order of steps.
+        warmup_updates: student updates over which learning rates rise linearly.
+        lr_decay: what learning rates do after the warm-up, until ``max_steps``.
+        gradient_clip: largest gradient norm, for each role on its own; null is no clipping.
+    """
+
+    def __init__(
+        self,
+        optimizers: dict[str, OptimizerCallable],
+        warmup_updates: int,
+        lr_decay: Literal["constant", "cosine", "linear"],
+        gradient_clip: float | None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.make_optimizer = optimizers
+        self.warmup_updates = warmup_updates
+        self.lr_decay = lr_decay
+        self.gradient_clip = gradient_clip
+        self._averagers: dict[str, GradientAverager | None] = {}
+
+    @property
+    def trained_roles(self) -> tuple[str, ...]:
+        """Roles with an optimiser."""
+        return tuple(self.make_optimizer)
+
+    def _backward(self, loss: Tensor, role: str, last: bool) -> None:
+        """Adds a loss's gradient to its role, and to no other."""
+        own = self._parameters_of(role)
+        others = [p for r in self.trained_roles if r != role for p in self._parameters_of(r)]
+        averager = self._averager(role) if last else None
+        if averager is not None:
+            averager.arm()
+        if is_sharded(own) or is_sharded(others):
+            with kept_out(others):
+                self.manual_backward(loss)
+        else:
+            # `inputs` keeps gradient out of every other role without toggling requires_grad.
+            self.manual_backward(loss, inputs=own)
+        if averager is not None:
+            averager.finish()
+
+    def _averager(self, role: str) -> GradientAverager | None:
+        """Averages what FSDP2 does not: replicated parameters, where there are several ranks."""
+        if self.trainer.world_size == 1:
+            return None
+        if role not in self._averagers:
+            replicated = [p for p in self._parameters_of(role) if not is_sharded([p])]
+            self._averagers[role] = GradientAverager(replicated) if replicated else None
+        return self._averagers[role]
+
+    def _mean_over_ranks(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.trainer.world_size == 1:
+            return logs
+        values = self.trainer.strategy.reduce(torch.stack(list(logs.values())), reduce_op="mean")
+        return dict(zip(logs, cast(Tensor, values).unbind(), strict=True))
+
+    def _step(self, role: str, optimizer: LightningOptimizer) -> Tensor:
+        """Clips and steps one role; returns its gradient norm before clipping."""
+        parameters = self._parameters_of(role)
+        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
+        norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        # A NaN must not reach weights and averages before the host has looked at the losses; with
+        # fp16 it is the scaler that skips the step, and it must see why.
+        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
+            finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
+            skip_unless(finite, optimizer.optimizer)
+        if role == "student":
+            optimizer.step()
+        else:
+            # Past the Lightning wrapper, which would count this step in `global_step`.
+            self.trainer.strategy.optimizer_step(optimizer.optimizer, lambda: None, model=self)
+        optimizer.zero_grad(set_to_none=True)
+        self._schedulers()[self.trained_roles.index(role)].step()
+        return norm
+
+    def configure_optimizers(self) -> Any:
+        """One optimiser and learning-rate schedule a trained role, in the order of roles."""
+        total = self.trainer.max_steps
+
+        def factor(update: int) -> float:
+            return learning_rate_factor(update, self.warmup_updates, total, self.lr_decay)
+
+        optimizers = [
+            self.make_optimizer[role](self._parameters_of(role)) for role in self.trained_roles
+        ]
+        return optimizers, [LambdaLR(optimizer, factor) for optimizer in optimizers]
+
+    def _parameters_of(self, role: str) -> list[torch.nn.Parameter]:
+        return [p for p in getattr(self, role).parameters() if p.requires_grad]
+
+    def _optimizers(self) -> list[LightningOptimizer]:
+        found = self.optimizers()
+        return cast(list[LightningOptimizer], found if isinstance(found, list) else [found])
+
+    def _schedulers(self) -> list[LambdaLR]:
+        found = self.lr_schedulers()
+        return cast(list[LambdaLR], found if isinstance(found, list) else [found])

@@ -1,0 +1,127 @@
+"""Precision, recomputed activations and kinds of sharding: what they may change, and what not."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from lightning_modules.preparation import check_precision, checkpoint_activations
+
+from training_runs import network, trained
+
+Run = tuple[dict[str, Tensor], list[dict[str, float]], bool]
+
+
+def assert_same_run(found: Run, expected: Run, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    assert found[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        torch.testing.assert_close(found[0][name], value, rtol=rtol, atol=atol)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+
+
+def bytes_kept(network: torch.nn.Module, x: Tensor) -> tuple[int, Tensor]:
+    """Bytes that autograd keeps for the backward pass, and the gradient of the input."""
+    kept = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal kept
+        kept += tensor.numel() * tensor.element_size()
+        return tensor
+
+    x = x.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output = network(x, torch.full((len(x),), 500.0), torch.zeros(len(x), dtype=torch.long))
+    output.square().sum().backward()
+    assert x.grad is not None
+    return kept, x.grad
+
+
+def test_recomputed_activations_are_not_kept_and_give_the_same_gradient() -> None:
+    plain = network()
+    recomputing = copy.deepcopy(plain)
+    checkpoint_activations(recomputing)
+    x = torch.randn(16, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    most, expected = bytes_kept(plain, x)
+    least, found = bytes_kept(recomputing, x)
+    assert least < 0.4 * most
+    assert torch.equal(found, expected)
+    for mine, theirs in zip(recomputing.parameters(), plain.parameters(), strict=True):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad)
+
+
+def test_a_copy_of_a_recomputing_network_is_a_network_of_its_own() -> None:
+    first = network()
+    checkpoint_activations(first)
+    second = copy.deepcopy(first)
+    with torch.no_grad():
+        for parameter in second.parameters():
+            parameter.zero_()
+    x = torch.randn(2, 1, 8, 8)
+    given = (x, torch.full((2,), 500.0), torch.zeros(2, dtype=torch.long))
+    assert not second(*given).any()
+    assert first(*given).any()
+    assert first.state_dict().keys() == network().state_dict().keys()
+
+
+@pytest.mark.parametrize(("kind", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+def test_training_with_recomputed_activations_is_the_same_training(kind: str, world: int) -> None:
+    (expected,) = trained(1, "single", "adversarial")
+    for found in trained(world, kind, "adversarial", checkpoint_activations=True):
+        assert_same_run(found, expected)
+
+
+def test_hybrid_sharding_trains_as_one_device_does() -> None:
+    (expected,) = trained(1, "single", "adversarial")
+    for found in trained(4, "hybrid", "adversarial"):
+        assert found[2]
+        assert_same_run(found, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "world", "shard_frozen"),
+    [("single", 1, True), ("ddp", 2, True), ("fsdp", 2, True), ("fsdp", 2, False)],
+)
+def test_a_frozen_teacher_in_half_precision_teaches_about_the_same(
+    kind: str, world: int, shard_frozen: bool
+) -> None:
+    (exact,) = trained(1, "single", "adversarial", updates=1)
+    options: dict[str, Any] = {"frozen_precision": "bfloat16", "shard_frozen": shard_frozen}
+    for weights, losses, _ in trained(world, kind, "adversarial", updates=1, **options):
+        assert all(value.dtype == torch.float32 for value in weights.values())
+        assert losses[0] != exact[1][0]
+        assert losses[0] == pytest.approx(exact[1][0], rel=0.05, abs=1e-3)
+
+
+@pytest.mark.parametrize(("kind", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("hybrid", 4)])
+def test_mixed_precision_keeps_float32_weights_and_about_the_same_losses(
+    kind: str, world: int
+) -> None:
+    (exact,) = trained(1, "single", "adversarial", updates=2)
+    for weights, losses, _ in trained(
+        world, kind, "adversarial", updates=2, precision="bf16-mixed"
+    ):
+        assert all(value.dtype == torch.float32 for value in weights.values())
+        for mine, theirs in zip(losses, exact[1], strict=True):
+            assert mine != theirs
+            assert mine == pytest.approx(theirs, rel=0.1, abs=2e-3)
+
+
+def test_frozen_roles_that_are_not_sharded_are_whole_on_each_rank() -> None:
+    (expected,) = trained(1, "single", "pcm")
+    for found in trained(2, "fsdp", "pcm", shard_frozen=False):
+        assert found[2]
+        assert_same_run(found, expected)
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+def test_precisions_that_lose_small_updates_are_refused(precision: str) -> None:
+    with pytest.raises(FewstepError, match=r"bf16-mixed"):
+        check_precision(precision)
