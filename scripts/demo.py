@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import argparse
-import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -18,6 +16,7 @@ from scripts.cli import run_command
 from scripts.contact_sheet import contact_sheet, newest_picture
 from scripts.experiments import find_experiment, with_defaults
 from scripts.report import build_report
+from scripts.suite.summary import markdown
 
 TEACHER = "digits/teacher"
 STUDENTS = (
@@ -138,21 +137,5 @@ def summary(folder: Path, seeds: Sequence[int]) -> str:
                 cells.setdefault(entry["num_steps"], []).append(entry["value"])
     if not rows:
         raise FewstepError(f"There are no results below '{folder}'.")
-    columns = sorted({steps for cells in rows.values() for steps in cells})
-    lines = [
-        f"`{metric}` (lower is better) by sampling steps, {len(seeds)} training seed(s)",
-        "",
-        "| run | " + " | ".join(str(c) for c in columns) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for experiment, cells in rows.items():
-        lines.append(f"| {experiment} | " + " | ".join(_cell(cells.get(c)) for c in columns) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _cell(values: Any) -> str:
-    if not values:
-        return "–"
-    if len(values) == 1:
-        return f"{values[0]:.3f}"
-    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}"
+    heading = f"`{metric}` (lower is better) by sampling steps, {len(seeds)} training seed(s)"
+    return f"{heading}\n\n{markdown(rows)}"

@@ -8,6 +8,7 @@ from pathlib import Path
 from fewstep.errors import FewstepError, nearest
 
 DEFAULTS = "defaults.yaml"
+SUITES = "suites"  # a folder of files that name experiments and are none
 
 
 def experiments_root() -> Path:
@@ -15,6 +16,13 @@ def experiments_root() -> Path:
     scripts = Path(__file__).resolve().parent
     candidates = (Path("experiments"), scripts.parent / "experiments", scripts / "experiments_data")
     return next((folder for folder in candidates if folder.is_dir()), candidates[0])
+
+
+def known_experiments() -> list[str]:
+    """The short names of all experiments."""
+    root = experiments_root()
+    files = [path for path in sorted(root.rglob("*.yaml")) if path.name != DEFAULTS]
+    return [short_name(path) for path in files if path.parent != root / SUITES]
 
 
 def find_experiment(name: str) -> Path:
@@ -27,7 +35,7 @@ def find_experiment(name: str) -> Path:
     for candidate in (Path(name), root / name, root / f"{name}.yaml", Path(f"{name}.yaml")):
         if candidate.is_file():
             return candidate
-    known = [short_name(p) for p in sorted(root.rglob("*.yaml")) if p.name != DEFAULTS]
+    known = known_experiments()
     asked = name.removesuffix(".yaml").removeprefix("experiments/")
     listed = ", ".join(known)
     raise FewstepError(f"There is no experiment '{name}'.{nearest(asked, known)} Known: {listed}.")

@@ -18,7 +18,11 @@ SECONDS_TO_FOLLOW = 60
 
 
 def batch_script(
-    options: Options, name: str, runs: Sequence[Path], first_checkpoint: Path | None = None
+    options: Options,
+    name: str,
+    runs: Sequence[Path],
+    first_checkpoint: Path | None = None,
+    command: Sequence[str] | None = None,
 ) -> str:
     """The text of a job that trains in the given run folders, a task of an array in each.
 
@@ -27,6 +31,7 @@ def batch_script(
         name: the job's name.
         runs: absolute run folders, whose ``slurm/config.yaml`` says what to train.
         first_checkpoint: where to start while the run has no checkpoint of this job's yet.
+        command: shell words to run in place of ``fewstep fit``; ``$run`` is the run's folder.
 
     Raises:
         FewstepError: if the user's template cannot be read or filled.
@@ -42,7 +47,7 @@ def batch_script(
         "setup": "".join(f"{line}\n" for line in options.setup),
         "checkpoint": _choose_checkpoint(first_checkpoint),
         "launch": " ".join(_launch(options)),
-        "command": " ".join(_command(options)),
+        "command": " ".join(command or _command(options)),
     }
     return fill(options.template or SKELETON, parts)
 
@@ -121,10 +126,14 @@ def _launch(options: Options) -> list[str]:
     return [*words, f"--container-image={shlex.quote(image)} {mounts}"]
 
 
+def fewstep_command(options: Options) -> str:
+    """How a job calls fewstep: as installed in its container, or with this very Python."""
+    return "fewstep" if options.container else f"{shlex.quote(sys.executable)} -m scripts.main"
+
+
 def _command(options: Options) -> list[str]:
-    fewstep = "fewstep" if options.container else f"{shlex.quote(sys.executable)} -m scripts.main"
     return [
-        fewstep,
+        fewstep_command(options),
         "fit",
         '-c "$run/slurm/config.yaml"',
         '--run.version "${run##*/}"',

@@ -84,7 +84,8 @@ def submit(options: Options, fit_arguments: list[str]) -> None:
                 shutil.rmtree(task.run)
         raise
     for number, task in enumerate(tasks):
-        record_job(task, f"{job}_{number}" if options.array else job)
+        max_steps = task.experiment.config.fit.trainer.max_steps
+        record_job(task.run, f"{job}_{number}" if options.array else job, max_steps)
     tell(job, tasks)
 
 
@@ -217,14 +218,14 @@ def sbatch(script: Path) -> str:
     return done.stdout.strip().split(";")[0]
 
 
-def record_job(task: Task, job: str) -> None:
+def record_job(run: Path, job: str, max_steps: int) -> None:
     """Notes which job trains a run, for ``--status``."""
     record = {
         "job": job,
         "submitted": datetime.now(UTC).isoformat(timespec="seconds"),
-        "max_steps": task.experiment.config.fit.trainer.max_steps,
+        "max_steps": max_steps,
     }
-    (task.run / "slurm" / "job.json").write_text(json.dumps(record, indent=1))
+    (run / "slurm" / "job.json").write_text(json.dumps(record, indent=1))
 
 
 def tell(job: str, tasks: list[Task]) -> None:

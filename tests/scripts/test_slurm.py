@@ -148,3 +148,43 @@ def test_a_preempted_job_comes_back_and_ends_with_the_weights_of_an_undisturbed_
     ]
     assert [checkpoint["global_step"] for checkpoint in ended] == [LAST, LAST]
     torch.testing.assert_close(ended[1]["state_dict"], ended[0]["state_dict"], rtol=0, atol=0)
+
+
+SUITE = """
+name: tiny
+seeds: [0, 1]
+set:
+  trainer.max_steps: 6
+  trainer.val_check_interval: 1000000
+  trainer.callbacks.Evaluation.metrics: [{{class_path: fewstep.metrics.SlicedWasserstein}}]
+  trainer.callbacks.Evaluation.num_samples: 64
+  data.init_args: {{folder: {folder}/digits, batch_size: 16, num_workers: 0}}
+experiments:
+  - experiment: digits/teacher
+    set: {{model.init_args.backbone.init_args: {{num_layers: 1, head_dim: 8}}}}
+    steps: [2]
+  - {{experiment: digits/lcm, after: teacher, steps: [2]}}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_a_suite_waits_for_its_teachers_and_ends_in_the_report(
+    slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_digit_shards(tmp_path / "digits")
+    Path("tiny.yaml").write_text(SUITE.format(folder=tmp_path))
+    run(["suite", "tiny.yaml", "--submit", "--gpus-per-node", "0", "--time", "10"])
+    home = tmp_path / "runs" / "tiny"
+    jobs = subprocess.run(
+        ["squeue", "--noheader", "--format=%E"], capture_output=True, text=True, check=True
+    )
+    assert "aftercorr" in jobs.stdout
+    wait_for("the report", (home / "report.html").exists, home / "lcm" / "seed_0")
+    ended = {path.parts[-4]: path.stat().st_mtime for path in home.glob("*/seed_1/slurm/exit")}
+    assert ended["teacher"] <= ended["lcm"]
+    capsys.readouterr()
+    run(["suite", "tiny.yaml", "--dry-run"])
+    assert capsys.readouterr().out.count("done") == 4
+    assert "2 training seeds" in (home / "summary.md").read_text()
