@@ -10,12 +10,13 @@ same network and batch; blocks of steps alternate, and the median block of each 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
+from torch import nn
 
 from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, VPSchedule
@@ -28,6 +29,7 @@ from lightning_modules.phased_consistency_distillation import PhasedDraws
 
 EMA_DECAY = 0.999
 GUIDANCE = (4.0, 5.0)
+OPTIMIZER = partial(torch.optim.AdamW, lr=1e-5)
 Step = Callable[[Batch, int], None]
 
 
@@ -40,19 +42,25 @@ def make_module(options: argparse.Namespace) -> PhasedConsistencyDistillation:
         )
         return Denoiser(network, VPSchedule(), "v_prediction")
 
-    module = PhasedConsistencyDistillation(teacher, 4, 40, guidance_range=GUIDANCE)
+    module = PhasedConsistencyDistillation(
+        teacher, 4, 40, guidance_range=GUIDANCE, optimizer=OPTIMIZER, ema_decay=EMA_DECAY
+    )
     module.configure_model()
     return module.to(options.device)
+
+
+def drawn(module: PhasedConsistencyDistillation, batch: Batch, update: int) -> PhasedDraws:
+    """What a step draws, the same on both sides."""
+    return module.draw(batch, torch_generator(0, "bench", update, device=module.device))
 
 
 def our_step(module: PhasedConsistencyDistillation) -> Step:
     """The step that fewstep trains with."""
     parameters = list(module.student.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-5)
+    optimizer = OPTIMIZER(parameters)
 
     def step(batch: Batch, update: int) -> None:
-        draws = module.draw(batch, torch_generator(0, "bench", update, device=module.device))
-        (found,) = module.updates(batch, draws)
+        (found,) = module.updates(batch, drawn(module, batch, update))
         found.loss.backward(inputs=parameters)
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -63,26 +71,42 @@ def our_step(module: PhasedConsistencyDistillation) -> Step:
     return step
 
 
-def straightforward_step(module: PhasedConsistencyDistillation) -> Step:
-    """The same mathematics, written as most public scripts write it."""
-    student = module.student
-    average = copy.deepcopy(student)
-    optimizer = torch.optim.AdamW(student.parameters(), lr=1e-5)
+def straightforward_step(
+    module: PhasedConsistencyDistillation,
+    draw: Callable[[Batch, int], PhasedDraws] | None = None,
+    low_precision: torch.dtype | None = None,
+) -> Step:
+    """The same mathematics, written as most public scripts write it.
+
+    Args:
+        module: whose roles are used; torch's wrappers may be around the student and its average.
+        draw: what a step draws for (batch, update); :func:`drawn` by default.
+        low_precision: what autocast computes the loss in; null computes it in float32.
+    """
+    student, average, draw = module.student, module.ema, draw or partial(drawn, module)
+    assert average is not None
+    decay = module.ema_decay or 0.0
+    optimizer = module.make_optimizer["student"](student.parameters())
 
     def step(batch: Batch, update: int) -> None:
-        draws = module.draw(batch, torch_generator(0, "bench", update, device=module.device))
-        assert isinstance(draws, PhasedDraws)
-        loss = _straightforward_loss(module, batch, draws)
+        draws = draw(batch, update)
+        with torch.autocast(module.device.type, low_precision, enabled=low_precision is not None):
+            loss = _straightforward_loss(module, batch, draws)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        with torch.no_grad():
-            for kept, current in zip(average.parameters(), student.parameters(), strict=True):
-                kept.mul_(EMA_DECAY).add_(current, alpha=1 - EMA_DECAY)
+        average_by_loop(average, student, decay)
         loss.item()
 
     return step
+
+
+@torch.no_grad()
+def average_by_loop(average: nn.Module, student: nn.Module, decay: float) -> None:
+    """An EMA update, one parameter after the other."""
+    for kept, current in zip(average.parameters(), student.parameters(), strict=True):
+        kept.mul_(decay).add_(current, alpha=1 - decay)
 
 
 def _straightforward_loss(
