@@ -8,42 +8,62 @@ import statistics
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
-from scripts.report.data import TEACHER_METHOD, Run, flatten
+from scripts.report.data import Run, flatten
+from scripts.report.groups import Group
 
 TEACHER_ROLE = "teacher"
 
-LOWER_IS_BETTER = {"frechet_": True, "sliced_wasserstein": True}
-"""Direction of a metric, by the beginning of its name."""
-
-
-def lower_is_better(metric: str) -> bool | None:
-    """Whether small values of a metric are good; None for a metric this table does not know."""
-    for beginning, lower in LOWER_IS_BETTER.items():
-        if metric.startswith(beginning):
-            return lower
-    return None
+IMPORTANT = (
+    "fid",
+    "fvd",
+    "frechet_",
+    "kid",
+    "inception_score",
+    "precision",
+    "recall",
+    "density",
+    "coverage",
+    "clip_score",
+    "sliced_wasserstein",
+    "frame_fid",
+    "motion_",
+    "consistency_",
+)
+"""Beginnings of metrics' names, in the order a reader wants to see them."""
 
 
 @dataclass(eq=False)
 class Cell:
-    """What one run and role scored at one step count, over the seeds of its noise."""
+    """What a group and role scored at one step count.
+
+    Attributes:
+        by_run: values over the seeds of the sampling noise, by the run's position.
+    """
 
     evaluations: int
-    values: list[float] = field(default_factory=list)
+    by_run: dict[int, list[float]] = field(default_factory=dict)
+
+    @property
+    def values(self) -> list[float]:
+        """All values there are."""
+        return [value for values in self.by_run.values() for value in values]
 
     @property
     def mean(self) -> float:
-        """Mean over seeds."""
-        return statistics.fmean(self.values)
+        """Mean over runs of their means over the sampling noise."""
+        return statistics.fmean(statistics.fmean(values) for values in self.by_run.values())
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation over seeds; None for a single one."""
-        if len(self.values) < 2 or not self.finite:
+        """Sample standard deviation over runs, or over the noise of a single run."""
+        if not self.finite:
             return None
-        return statistics.stdev(self.values)
+        spread = [statistics.fmean(values) for values in self.by_run.values()]
+        spread = spread if len(spread) > 1 else self.values
+        return statistics.stdev(spread) if len(spread) > 1 else None
 
     @property
     def finite(self) -> bool:
@@ -53,19 +73,19 @@ class Cell:
 
 @dataclass(eq=False)
 class Row:
-    """One run and role under one protocol.
+    """One group and role under one protocol.
 
     Attributes:
         conditions: the protocol with the number of samples, flat; equal for comparable numbers.
         cells: by sampling step count.
     """
 
-    run: Run
+    group: Group
     role: str
     conditions: dict[str, Any]
     cells: dict[int, Cell] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def signature(self) -> str:
         """The conditions as one string; two rows with the same one may be compared."""
         return json.dumps(self.conditions, sort_keys=True, default=str)
@@ -73,7 +93,24 @@ class Row:
     @property
     def is_teacher(self) -> bool:
         """Whether this is what students are measured against."""
-        return self.role == TEACHER_ROLE or self.run.method == TEACHER_METHOD
+        return self.role == TEACHER_ROLE or self.group.is_teacher
+
+    @property
+    def runs(self) -> list[Run]:
+        """The group's runs that were measured."""
+        return [
+            run
+            for run in self.group.runs
+            if any(run.position in cell.by_run for cell in self.cells.values())
+        ]
+
+    def of_run(self, run: Run) -> dict[int, Cell]:
+        """The cells of one of the group's runs."""
+        return {
+            steps: Cell(cell.evaluations, {run.position: cell.by_run[run.position]})
+            for steps, cell in self.cells.items()
+            if run.position in cell.by_run
+        }
 
 
 @dataclass
@@ -82,26 +119,23 @@ class Board:
 
     Attributes:
         common: the signature most measurements share.
+        lower: whether small values are good.
     """
 
     metric: str
     rows: list[Row]
     common: str
+    lower: bool = True
 
     @property
     def steps(self) -> list[int]:
         """All step counts there are."""
         return sorted({steps for row in self.rows for steps in row.cells})
 
-    @property
-    def lower(self) -> bool | None:
-        """Whether small values are good, if that is known."""
-        return lower_is_better(self.metric)
-
     def name_of(self, row: Row) -> str:
-        """The run's label, with the role where a run has several rows."""
-        several = sum(other.run is row.run for other in self.rows) > 1
-        return f"{row.run.label} ({row.role})" if several else row.run.label
+        """The group's label, with the role where a group has several rows."""
+        several = sum(other.group is row.group for other in self.rows) > 1
+        return f"{row.group.label} ({row.role})" if several else row.group.label
 
     def best(self, steps: int) -> list[Row]:
         """Rows with the best value at a step count, if at least two may be compared."""
@@ -110,7 +144,7 @@ class Board:
             for row in self.rows
             if row.signature == self.common and steps in row.cells and row.cells[steps].finite
         ]
-        if self.lower is None or len(rivals) < 2:
+        if len(rivals) < 2:
             return []
         choose = min if self.lower else max
         record = choose(row.cells[steps].mean for row in rivals)
@@ -136,23 +170,33 @@ def _shown(conditions: dict[str, Any], key: str) -> str:
     return json.dumps(conditions[key], default=str)
 
 
-def boards(runs: Sequence[Run]) -> list[Board]:
+def boards(groups: Sequence[Group]) -> list[Board]:
     """One board a metric. Numbers of different protocols never share a cell."""
     rows: dict[str, dict[tuple[int, str, str], Row]] = {}
     counts: dict[str, Counter[str]] = {}
-    for position, run in enumerate(runs):
-        for m in run.measurements:
-            fresh = Row(run, m.role, {"num_samples": m.num_samples, **flatten(m.protocol)})
-            key = (position, m.role, fresh.signature)
-            row = rows.setdefault(m.metric, {}).setdefault(key, fresh)
-            cell = row.cells.setdefault(m.num_steps, Cell(m.network_evaluations))
-            cell.values.append(m.value)
-            counts.setdefault(m.metric, Counter())[fresh.signature] += 1
+    higher = set()
+    for group, run, m in ((g, r, m) for g in groups for r in g.runs for m in r.measurements):
+        fresh = Row(group, m.role, {"num_samples": m.num_samples, **flatten(m.protocol)})
+        key = (group.position, m.role, fresh.signature)
+        row = rows.setdefault(m.metric, {}).setdefault(key, fresh)
+        cell = row.cells.setdefault(m.num_steps, Cell(m.network_evaluations))
+        cell.by_run.setdefault(run.position, []).append(m.value)
+        counts.setdefault(m.metric, Counter())[fresh.signature] += 1
+        if getattr(m, "better", "lower") == "higher":
+            higher.add(m.metric)  # files of earlier versions do not say
     return [
         Board(
             metric,
-            sorted(found.values(), key=lambda row: not row.is_teacher),
+            sorted(rows[metric].values(), key=lambda row: not row.is_teacher),
             counts[metric].most_common(1)[0][0],
+            lower=metric not in higher,
         )
-        for metric, found in sorted(rows.items())
+        for metric in sorted(rows, key=_importance)
     ]
+
+
+def _importance(metric: str) -> tuple[int, str]:
+    for place, beginning in enumerate(IMPORTANT):
+        if metric.startswith(beginning):
+            return place, metric
+    return len(IMPORTANT), metric

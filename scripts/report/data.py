@@ -6,7 +6,7 @@ import csv
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +22,23 @@ Curves = dict[str, list[tuple[int, float]]]
 TEACHER_METHOD = "DiffusionTraining"
 CONFIG_FILE = "config.yaml"
 PICTURE_NAME = re.compile(r"(\d+)_(.+)_(\d+)_steps\.png")
+CLIPS = (".webp", ".gif")
+MOST_PROMPTS = 200
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A sample picture of the last update that has one."""
+    """A sample picture.
+
+    Attributes:
+        clip: the animation of which the picture is a still, where samples are videos.
+    """
 
     path: Path
     role: str
     num_steps: int
     updates: int
+    clip: Path | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,6 +50,8 @@ class Run:
         position: its place among the report's runs, from 0.
         training: what training has cost; any entry may be missing.
         config: the resolved configuration, flat: dotted key to plain value.
+        pictures: by role, step count and updates.
+        prompts: of the pictures' samples, in reading order.
     """
 
     folder: Path
@@ -57,7 +66,13 @@ class Run:
     curves: Curves
     config: dict[str, Any]
     pictures: list[Picture]
+    prompts: list[str]
     position: int = 0
+
+    @property
+    def seed(self) -> Any:
+        """Of training; None where the configuration does not tell."""
+        return self.config.get("seed_everything")
 
     @property
     def device_hours(self) -> float | None:
@@ -124,12 +139,12 @@ def find_runs(folders: Sequence[Path]) -> list[Path]:
                 f"There is no folder '{folder}'. Give run folders, or a folder that holds some, "
                 "such as runs/."
             )
-        for path in sorted((p.parent for p in folder.rglob(FILE_NAME)), key=_natural):
+        for path in sorted((p.parent for p in folder.rglob(FILE_NAME)), key=natural):
             found.setdefault(path.resolve(), path)
     return list(found.values())
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
+def natural(path: Path | str) -> list[tuple[int, str]]:
     """A sort key in which version_10 follows version_9."""
     pieces = re.findall(r"\d+|\D+", str(path))
     return [(int(p), "") if p.isdecimal() else (-1, p) for p in pieces]
@@ -168,6 +183,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         curves=_read_curves(folder, where, notes),
         config=_read_config(folder, where, notes),
         pictures=_find_pictures(folder, where, notes),
+        prompts=_read_prompts(folder),
     )
 
 
@@ -186,7 +202,7 @@ def _measurements(
     if not entries:
         notes.append(f"{where} holds no measurement.")
     try:
-        found = [Measurement(**{f.name: e[f.name] for f in fields(Measurement)}) for e in entries]
+        found = [_measurement(entry) for entry in entries]
         return [
             replace(
                 m,
@@ -204,6 +220,12 @@ def _measurements(
             f"'{path}' holds a measurement that cannot be read ({error!r}). Delete the file and "
             "run `fewstep evaluate` again."
         ) from error
+
+
+def _measurement(entry: dict[str, Any]) -> Measurement:
+    """Fields that a file of an earlier version lacks have their defaults."""
+    needed = [f for f in fields(Measurement) if f.name in entry or f.default is MISSING]
+    return Measurement(**{f.name: entry[f.name] for f in needed})
 
 
 def _read_curves(folder: Path, where: str, notes: list[str]) -> Curves:
@@ -246,16 +268,22 @@ def _joined(entries: Iterable[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _find_pictures(folder: Path, where: str, notes: list[str]) -> list[Picture]:
-    """The newest picture of every role and step count."""
-    newest: dict[tuple[str, int], Picture] = {}
-    for path in sorted((folder / "samples").glob("*.png")):
+    """Every picture, with its clip if it has one."""
+    found = []
+    for path in (folder / "samples").glob("*.png"):
         match = PICTURE_NAME.fullmatch(path.name)
-        if match is None:
-            continue
-        picture = Picture(path, match[2], int(match[3]), int(match[1]))
-        earlier = newest.get((picture.role, picture.num_steps))
-        if earlier is None or earlier.updates <= picture.updates:
-            newest[(picture.role, picture.num_steps)] = picture
-    if not newest:
+        if match is not None:
+            clips = [c for end in CLIPS if (c := path.with_suffix(end)).exists()]
+            clip = clips[0] if clips else None
+            found.append(Picture(path, match[2], int(match[3]), int(match[1]), clip))
+    if not found:
         notes.append(f"{where} has no sample pictures; `fewstep sample` draws them.")
-    return sorted(newest.values(), key=lambda p: (p.role, p.num_steps))
+    return sorted(found, key=lambda p: (p.role, p.num_steps, p.updates))
+
+
+def _read_prompts(folder: Path) -> list[str]:
+    path = folder / "samples" / "prompts.txt"
+    try:
+        return path.read_text(encoding="utf-8").splitlines()[:MOST_PROMPTS]
+    except (OSError, ValueError):
+        return []

@@ -4,23 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Literal
 
 from scripts.report.boards import Board, Cell, Row
+from scripts.report.groups import TEACHER_PATH, is_at
 
 PHASED = "PhasedConsistencyDistillation"
 CONSISTENCY = "ConsistencyDistillation"
+MOST_FINDINGS = 24
 
 Verdict = Literal["better", "worse", "equal", "unknown"]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One sentence and whether it is good news for its subject."""
+    """One sentence, whether it is good news for its subject, and which group that is."""
 
     text: str
     verdict: Verdict
+    group: int = -1
 
 
 def figure(value: float) -> str:
@@ -39,9 +43,6 @@ def spread(mean: float, deviation: float) -> str:
 
 def findings(board: Board) -> list[Finding]:
     """All statements about one metric."""
-    if board.lower is None:
-        text = f"Whether small or large values of {board.metric} are good is not known here."
-        return [Finding(text, "unknown")]
     return [*_against_teachers(board), *_phased_against_consistency(board)]
 
 
@@ -68,6 +69,7 @@ def _against_teachers(board: Board) -> list[Finding]:
                     f"{board.name_of(student)} is not set beside a teacher: none was measured "
                     "under the same protocol.",
                     "unknown",
+                    student.group.position,
                 )
             )
             continue
@@ -86,26 +88,17 @@ def _teacher_of(student: Row, candidates: Sequence[Row]) -> Row:
     Its own: the teacher role of its run, or the run its configuration names. Otherwise any; one of
     the same version (the same seed, in the demo) is preferred.
     """
-    path = student.run.config.get("model.init_args.teacher")
+    path = student.group.first.config.get(TEACHER_PATH)
     own = [
         row
         for row in candidates
-        if row.run is student.run or (isinstance(path, str) and _is_at(row.run.folder, Path(path)))
+        if row.group is student.group
+        or (isinstance(path, str) and any(is_at(r.folder, Path(path)) for r in row.group.runs))
     ]
     return max(
         own or candidates,
-        key=lambda row: (max(row.cells), row.run.version == student.run.version),
+        key=lambda row: (max(row.cells), bool(row.group.versions & student.group.versions)),
     )
-
-
-def _is_at(folder: Path, named: Path) -> bool:
-    """Whether a run's folder, or its experiment's, is the one a configuration names.
-
-    The configuration's path was relative to a working directory that is gone, so ends must match.
-    """
-    wanted = [part for part in named.parts if part not in (".", "..", "/")]
-    here = folder.resolve()
-    return any(list(path.parts[-len(wanted) :]) == wanted for path in (here, here.parent))
 
 
 # ---------------------------------------------------------------------- PCM and LCM
@@ -113,12 +106,12 @@ def _is_at(folder: Path, named: Path) -> bool:
 
 def _phased_against_consistency(board: Board) -> list[Finding]:
     """Every PCM student beside the LCM students at equal steps, of the same version if any."""
-    phased = [r for r in board.rows if r.run.method == PHASED and not r.is_teacher]
-    plain = [r for r in board.rows if r.run.method == CONSISTENCY and not r.is_teacher]
+    phased = [r for r in board.rows if r.group.method == PHASED and not r.is_teacher]
+    plain = [r for r in board.rows if r.group.method == CONSISTENCY and not r.is_teacher]
     found = []
     for row in phased:
         rivals = [r for r in plain if r.signature == row.signature and r.role == row.role]
-        rivals = [r for r in rivals if r.run.version == row.run.version] or rivals
+        rivals = [r for r in rivals if r.group.versions & row.group.versions] or rivals
         for rival in rivals:
             for steps in sorted(row.cells.keys() & rival.cells.keys()):
                 beside = f"LCM ({board.name_of(rival)}) at equal steps"
@@ -137,9 +130,10 @@ def _compare(
     name = board.name_of(row)
     subject = f"{kind} ({name})" if kind else name
     subject = f"{subject} at {_steps(steps)}"
+    group = row.group.position
     numbers = f"{_value(cell)} against {_value(other)}"
     if not (cell.finite and other.finite) or other.mean <= 0:
-        return Finding(f"{subject} has no ratio to {beside}: {numbers}.", "unknown")
+        return Finding(f"{subject} has no ratio to {beside}: {numbers}.", "unknown", group)
     ratio = cell.mean / other.mean
     verdict: Verdict = "better" if (ratio < 1) == board.lower else "worse"
     if f"{ratio:.2f}" == "1.00":
@@ -148,7 +142,7 @@ def _compare(
     if verdict != "equal" and _within_spread(cell, other):
         said += " on average, but within the spread over seeds"
     return Finding(
-        f"{subject}: {ratio:.2f}x {beside}, {said} ({numbers}{_cost(cell, other)}).", verdict
+        f"{subject}: {ratio:.2f}x {beside}, {said} ({numbers}{_cost(cell, other)}).", verdict, group
     )
 
 
@@ -177,3 +171,27 @@ def _value(cell: Cell) -> str:
 
 def _steps(count: int) -> str:
     return f"{count} step" if count == 1 else f"{count} steps"
+
+
+# ---------------------------------------------------------------------- on the page
+
+
+def findings_section(board: Board) -> str:
+    """The statements about one metric, as a list."""
+    found = findings(board)
+    if not found:
+        return ""
+    first, rest = found[:MOST_FINDINGS], found[MOST_FINDINGS:]
+    more = ""
+    if rest:
+        more = f"<details><summary>{len(rest)} more</summary>{_listed(rest)}</details>"
+    return f"<h3>{escape(board.metric)}</h3>{_listed(first)}{more}"
+
+
+def _listed(found: Sequence[Finding]) -> str:
+    items = "".join(
+        f'<li data-group="{f.group}"><span class="verdict {f.verdict}">{f.verdict}</span>'
+        f"<span>{escape(f.text)}</span></li>"
+        for f in found
+    )
+    return f'<ul class="findings">{items}</ul>'

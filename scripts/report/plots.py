@@ -5,12 +5,21 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from html import escape
-from itertools import pairwise
 
 from scripts.report.boards import Board, Row
-from scripts.report.charts import COLOURS, Axis, Frame, Points, Series, key, line_chart, usable
-from scripts.report.data import Run
-from scripts.report.findings import figure
+from scripts.report.boards import Cell as Scored
+from scripts.report.charts import (
+    MOST_POINTS,
+    Axis,
+    Chart,
+    Series,
+    downsample,
+    running_mean,
+    usable,
+)
+from scripts.report.data import Run, natural
+from scripts.report.findings import figure, spread
+from scripts.report.groups import Group
 
 FAMILIES = {
     "train": "Training",
@@ -19,164 +28,173 @@ FAMILIES = {
     "throughput": "Throughput",
 }
 SMOOTHED = ("train", "throughput")
-MOST_POINTS = 400
 LOG_FROM = 30.0
 """Ratio of the largest to the smallest value from which a curve gets a logarithmic axis."""
 
+MOST_LINES_WITH_RAW = 12
+POINTS_OF_ALL_LINES = 12_000
+FEWEST_POINTS = 60
 
-def legend(names: Sequence[tuple[int, str]]) -> str:
-    """A legend of (style, name) pairs."""
-    items = "".join(f"<li>{key(style)}{escape(name)}</li>" for style, name in names)
-    return f'<ul class="legend">{items}</ul>'
+
+def chart_figure(chart: Chart, charts: list[Chart], caption: str) -> str:
+    """A place on the page for a chart, which is added to those whose data the page holds."""
+    if chart.empty:
+        return f"<figure><figcaption>{caption}</figcaption><p>Nothing to draw.</p></figure>"
+    charts.append(chart)
+    return (
+        f'<figure class="chart" data-chart="{len(charts) - 1}">'
+        f'<figcaption>{caption}</figcaption><div class="plot"></div></figure>'
+    )
 
 
 # ---------------------------------------------------------------------- quality against cost
 
 
-def quality_section(board: Board) -> str:
+def quality_section(board: Board, charts: list[Chart]) -> str:
     """A metric against the cost of a sample, and against the cost of training."""
-    names = [(_style(board, row), board.name_of(row)) for row in board.rows]
-    charts = [_sampling_chart(board), _training_chart(board)]
     figures = "".join(
-        f"<figure>{svg}<figcaption>{escape(caption)}</figcaption></figure>"
-        for svg, caption in charts
-        if svg
+        chart_figure(chart, charts, escape(chart.name))
+        for chart in (_sampling_chart(board), _training_chart(board))
+        if not chart.empty
     )
-    missing = [row.run.label for row in board.rows if not row.run.device_hours]
-    note = ""
-    if missing:
-        note = "Training cost is not recorded for " + ", ".join(dict.fromkeys(missing)) + "."
-    odd = " Lines of another protocol are drawn too; see the footnotes." * bool(board.odd_rows())
+    unknown = [row.group.label for row in board.rows if not _device_hours(row)]
+    note = "lower is better." if board.lower else "higher is better."
+    if unknown:
+        note += f" Training cost is not recorded for {', '.join(dict.fromkeys(unknown))}."
+    note += " Lines of another protocol are drawn too; see the footnotes." * bool(board.odd_rows())
     return (
-        f"<h3>{escape(board.metric)}</h3>{legend(names)}"
-        f'<div class="charts">{figures}</div><p class="note">{escape(note + odd)}</p>'
+        f"<h3>{escape(board.metric)} <small>{escape(note)}</small></h3>"
+        f'<div class="charts">{figures}</div>'
     )
 
 
-def _style(board: Board, row: Row) -> int:
-    """The run's own looks; further roles of a run keep its colour and get another dash."""
-    earlier = [r for r in board.rows if r.run is row.run].index(row)
-    return row.run.position + 2 * COLOURS * earlier
+def _variant(board: Board, row: Row) -> int:
+    """Further rows of a group keep its colour and get another dash."""
+    return [r for r in board.rows if r.group is row.group].index(row)
 
 
-def _sampling_chart(board: Board) -> tuple[str, str]:
-    x, y = Axis("network evaluations a sample", log=True), Axis(board.metric, log=True)
+def _logarithmic(board: Board) -> bool:
+    """Whether a metric's axis is logarithmic: not for shares and what can be negative."""
+    values = [c.mean for row in board.rows for c in row.cells.values() if c.finite]
+    return board.lower and bool(values) and min(values) > 0
+
+
+def _series(
+    board: Board, row: Row, points: Sequence[tuple[float, int, Scored]], axes: tuple[Axis, Axis]
+) -> Series:
+    """A row's line through (cost, steps, cell)."""
+    drawn = [p for p in points if usable([(p[0], p[2].mean)], *axes)]
+    return Series(
+        row.group.position,
+        board.name_of(row),
+        [(cost, cell.mean) for cost, _, cell in drawn],
+        variant=_variant(board, row),
+        errors=[cell.deviation or 0.0 for _, _, cell in drawn],
+        hints=[f"{steps} step{'s' * (steps != 1)}: {_said(cell)}" for _, steps, cell in drawn],
+    )
+
+
+def _said(cell: Scored) -> str:
+    deviation = cell.deviation
+    return figure(cell.mean) + (f" ± {spread(cell.mean, deviation)}" if deviation else "")
+
+
+def _sampling_chart(board: Board) -> Chart:
+    axes = Axis("network evaluations a sample", log=True), Axis(board.metric, _logarithmic(board))
     series = []
     for row in board.rows:
         cells = {c.evaluations: (steps, c) for steps, c in sorted(row.cells.items())}
-        points = usable([(e, c.mean) for e, (_, c) in sorted(cells.items())], x, y)
-        hints = [f"{board.name_of(row)}, {cells[int(e)][0]} steps: {figure(v)}" for e, v in points]
-        series.append(Series(_style(board, row), points, hints=hints))
+        points = [(e, steps, cell) for e, (steps, cell) in sorted(cells.items())]
+        series.append(_series(board, row, points, axes))
     ticks: list[float] = []
     for value in sorted({p[0] for s in series for p in s.points}):
         if not ticks or value >= 1.5 * ticks[-1]:
             ticks.append(value)
-    x = Axis(x.title, log=True, ticks=ticks)
-    caption = f"{board.metric} against the cost of a sample, both logarithmic."
-    return line_chart(series, x, y, caption), caption
+    x = Axis(axes[0].title, log=True, ticks=ticks)
+    return Chart(f"{board.metric} against the cost of a sample", x, axes[1], series)
 
 
-def _training_chart(board: Board) -> tuple[str, str]:
-    x, y = Axis("device hours of training", log=True), Axis(board.metric, log=True)
+def _device_hours(row: Row) -> float | None:
+    """What training has cost, on average over the row's runs."""
+    hours = [run.device_hours for run in row.runs if run.device_hours]
+    return sum(hours) / len(hours) if hours else None
+
+
+def _training_chart(board: Board) -> Chart:
+    axes = Axis("device hours of training", log=True), Axis(board.metric, _logarithmic(board))
     series = []
     for row in board.rows:
+        hours = _device_hours(row)
         # A teacher measured within a student's run did not cost what that run cost.
-        if row.role == "teacher" or not row.run.device_hours:
+        if row.role == "teacher" or not hours:
             continue
-        hours = row.run.device_hours
-        cells = [(str(n), c.mean) for n, c in sorted(row.cells.items()) if c.finite and c.mean > 0]
+        made = _series(board, row, [(hours, n, c) for n, c in sorted(row.cells.items())], axes)
+        labels = [hint.split(" ")[0] for hint in made.hints]
         series.append(
             Series(
-                _style(board, row),
-                [(hours, mean) for _, mean in cells],
-                hints=[f"{board.name_of(row)}, {n} steps: {figure(v)}" for n, v in cells],
-                labels=[n for n, _ in cells],
+                made.group, made.name, made.points, made.variant, hints=made.hints, labels=labels
             )
         )
-    caption = (
-        f"{board.metric} against the cost of training, both logarithmic; numbers beside points are "
-        "sampling steps. A student's cost does not include its teacher's."
+    name = (
+        f"{board.metric} against the cost of training; numbers beside points are sampling steps, "
+        "and a student's cost does not include its teacher's"
     )
-    return line_chart(series, x, y, caption), caption
+    return Chart(name, *axes, series)
 
 
 # ---------------------------------------------------------------------- training curves
 
 
-def curves_section(runs: Sequence[Run]) -> str:
+def curves_section(groups: Sequence[Group], charts: list[Chart]) -> str:
     """Small charts of everything logged during training, one a name."""
-    names = sorted({name for run in runs for name in run.curves})
+    runs = [run for group in groups for run in group.runs]
+    names = sorted({name for run in runs for name in run.curves}, key=natural)
     shown = [n for n in names if n.split("/")[0] in FAMILIES]
     if not shown:
         return '<p class="note">None of these runs has logged anything.</p>'
-    drawn = {i for i, run in enumerate(runs) if any(n in run.curves for n in shown)}
-    parts = [legend([(i, run.label) for i, run in enumerate(runs) if i in drawn])]
-    once: list[str] = []
+    parts, once = [], []
     for family, title in FAMILIES.items():
-        charts = []
+        figures = []
         for name in (n for n in shown if n.split("/")[0] == family):
             if any(len(run.curves.get(name, [])) > 1 for run in runs):
-                charts.append(_curve_chart(runs, name, smooth=family in SMOOTHED))
+                figures.append(_curve_figure(groups, name, family in SMOOTHED, charts))
             else:
                 once.append(name)
-        if charts:
-            parts.append(f'<h3>{title}</h3><div class="multiples">{"".join(charts)}</div>')
+        if figures:
+            parts.append(f'<h3>{title}</h3><div class="multiples">{"".join(figures)}</div>')
     if once:
         listed = ", ".join(once)
         parts.append(f'<p class="note">Logged only once, so no curve: {escape(listed)}.</p>')
     return "".join(parts)
 
 
-def _curve_chart(runs: Sequence[Run], name: str, smooth: bool) -> str:
-    curves = [(i, run.curves.get(name, [])) for i, run in enumerate(runs)]
-    finite = [v for _, curve in curves for _, v in curve if math.isfinite(v)]
+def _curve_figure(groups: Sequence[Group], name: str, smooth: bool, charts: list[Chart]) -> str:
+    drawn = [(g, run, run.curves[name]) for g in groups for run in g.runs if name in run.curves]
+    finite = [v for _, _, curve in drawn for _, v in curve if math.isfinite(v)]
     log = bool(finite) and min(finite) > 0 and max(finite) / min(finite) > LOG_FROM
-    x, y = Axis("student updates"), Axis(name, log=log)
+    # eval/METRIC/ROLE/STEPS: the head says the rest.
+    title = name.split("/")[1] if name.startswith("eval/") else name.partition("/")[2]
+    x, y = Axis("student updates"), Axis(title or name, log=log)
+    most = max(FEWEST_POINTS, min(MOST_POINTS, POINTS_OF_ALL_LINES // max(1, len(drawn))))
     series, lost = [], 0
-    for style, curve in curves:
+    for group, run, curve in drawn:
         points = usable(curve, x, y)
         lost += len(curve) - len(points)
         line = running_mean(points) if smooth else points
-        faint = downsample(points) if smooth and line != points else ()
-        marked = len(points) <= 12
-        series.append(Series(style, downsample(line), faint=faint, marked=marked))
+        raw = smooth and line != points and len(drawn) <= MOST_LINES_WITH_RAW
+        series.append(
+            Series(
+                group.position,
+                _name(group, run),
+                downsample(line, most),
+                faint=downsample(points, most) if raw else (),
+                marked=len(points) <= 12 and len(drawn) <= MOST_LINES_WITH_RAW,
+            )
+        )
     remarks = ["logarithmic"] * log + [f"{lost} values not finite"] * bool(lost)
-    frame = Frame(width=320, height=200, left=48, right=12, top=8, bottom=36, font=11)
-    svg = line_chart(series, x, y, name, frame)
     remark = f" <small>{', '.join(remarks)}</small>" if remarks else ""
-    empty = "" if svg else "<p>Nothing to draw.</p>"
-    return f"<figure><figcaption>{escape(name)}{remark}</figcaption>{svg}{empty}</figure>"
+    return chart_figure(Chart(name, x, y, series), charts, f"{escape(name)}{remark}")
 
 
-def running_mean(points: Points) -> list[tuple[float, float]]:
-    """A centred running mean over a twelfth of a curve; short curves stay as they are.
-
-    Towards the ends the window shrinks on both sides alike, which keeps it centred, and the line
-    stops where less than half of it is left.
-    """
-    reach = len(points) // 24
-    if reach < 1:
-        return list(points)
-    totals = [0.0]
-    for _, value in points:
-        totals.append(totals[-1] + value)
-    smooth = []
-    for i, (step, _) in enumerate(points):
-        half = min(reach, i, len(points) - 1 - i)
-        if 2 * half >= reach:
-            smooth.append((step, (totals[i + half + 1] - totals[i - half]) / (2 * half + 1)))
-    return smooth
-
-
-def downsample(points: Points) -> list[tuple[float, float]]:
-    """At most 400 points, with the lowest and highest of each stretch, so that spikes stay."""
-    if len(points) <= MOST_POINTS:
-        return list(points)
-    count = MOST_POINTS // 2
-    bounds = [len(points) * i // count for i in range(count + 1)]
-    kept: list[tuple[float, float]] = []
-    for first, end in pairwise(bounds):
-        stretch = points[first:end]
-        extremes = {min(stretch, key=lambda p: p[1]), max(stretch, key=lambda p: p[1])}
-        kept += sorted(extremes)
-    return kept
+def _name(group: Group, run: Run) -> str:
+    return f"{group.label}, {group.shown(run)}" if len(group.runs) > 1 else group.label
