@@ -18,6 +18,8 @@ from fewstep.seeding import torch_generator
 
 __all__ = ["PROMPTS_FILE", "Samples", "picture", "save_picture"]
 
+# Samples among whose conditions all classes are looked for.
+MANY = 4096
 PROMPTS_FILE = "prompts.txt"
 
 
@@ -147,21 +149,12 @@ class Samples(Callback):
         return torch.cat(made) if made else torch.empty(0)
 
     def _conditions(self, trainer: pl.Trainer, count: int) -> dict[str, Tensor]:
-        """One condition a class for labelled data (in order), else the first ones there are."""
+        """One condition a class for labelled data, in order; else those of the first samples."""
         if self._cond is None:
             data = cast(ReferenceData, cast(Any, trainer).datamodule)
-            found: list[dict[str, Tensor]] = []
-            seen = 0
-            for batch in data.reference_batches():
-                found.append(batch["cond"])
-                self._prompts += batch.get("prompt", [])
-                seen += len(batch["sample"])
-                labelled = set(batch["cond"]) == {"class_labels"} and not self._prompts
-                # Which classes there are is known at the end only; else a few records will do.
-                if seen >= count and not labelled:
-                    break
-            cond = {name: torch.cat([c[name] for c in found]) for name in found[0]}
-            if labelled:
-                cond = {"class_labels": cond["class_labels"].unique()}
-            self._cond = cond
+            cond, prompts = data.reference_conditions(range(count))
+            if set(cond) == {"class_labels"} and prompts is None:
+                many = data.reference_conditions(range(MANY)).cond["class_labels"]
+                cond = {"class_labels": many.unique()}
+            self._cond, self._prompts = cond, prompts or []
         return self._cond

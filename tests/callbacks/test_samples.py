@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from callbacks import Samples
 from callbacks.clips import MOST_FRAMES, clip, encode, strip
 from callbacks.pictures import as_pixels, picture
+from fewstep.contracts import Conditions
 
 
 class Sampler(pl.LightningModule):
@@ -52,17 +54,16 @@ class Sampler(pl.LightningModule):
 
 
 class Data:
-    """Reference batches of two, counted as they are asked for."""
+    """Conditions of samples by their numbers; the most that were asked for are counted."""
 
     def __init__(self, cond: bool = False, prompts: bool = False) -> None:
         self.cond, self.prompts, self.asked = cond, prompts, 0
 
-    def reference_batches(self) -> Any:
-        for i in range(100):
-            self.asked += 1
-            labels = {"class_labels": torch.tensor([i % 3, 2])} if self.cond else {}
-            batch = {"sample": torch.zeros(2, 3, 8, 8), "cond": labels, "key": ["a", "b"]}
-            yield batch | ({"prompt": [f"fox\n{i}", f"owl {i}"]} if self.prompts else {})
+    def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
+        self.asked = max(self.asked, len(numbers))
+        labels = {"class_labels": torch.tensor([2 - n % 3 for n in numbers])} if self.cond else {}
+        prompts = [f"fox\n{n}" for n in numbers] if self.prompts else None
+        return Conditions(labels, prompts)
 
 
 def trainer_of(tmp_path: Path, data: Data, loggers: Any = ()) -> Any:
@@ -183,10 +184,10 @@ def test_prompts_lie_beside_the_pictures_in_their_order(tmp_path: Path) -> None:
     data = Data(cond=True, prompts=True)
     module = drawn(tmp_path, (3, 8, 8), data, count=5, columns=5)
     lines = (tmp_path / "samples" / "prompts.txt").read_text(encoding="utf-8").splitlines()
-    assert lines == ["fox 0", "owl 0", "fox 1", "owl 1", "fox 2"]
-    assert module.seen[0].tolist() == [0, 2, 1, 2, 2], "conditions of the same records"
-    assert module.prompts == ["fox\n0", "owl 0", "fox\n1", "owl 1", "fox\n2"]
-    assert data.asked == 3, "no more of the data than is drawn"
+    assert lines == [f"fox {n}" for n in range(5)]
+    assert module.seen[0].tolist() == [2, 1, 0, 2, 1], "conditions of the same samples"
+    assert module.prompts == [f"fox\n{n}" for n in range(5)]
+    assert data.asked == 5, "no more of the data than is drawn"
 
 
 def test_without_prompts_there_is_no_file_of_them(tmp_path: Path) -> None:
