@@ -4,10 +4,12 @@ from lightning_modules.base import FewStepModule
 from lightning_modules.consistency_distillation import ConsistencyDistillation
 from lightning_modules.diffusion_training import DiffusionTraining
 from lightning_modules.phased_consistency_distillation import PhasedConsistencyDistillation
+from lightning_modules.roles import Pretrained
 
 __all__ = [
     "ConsistencyDistillation",
     "DiffusionTraining",
     "FewStepModule",
     "PhasedConsistencyDistillation",
+    "Pretrained",
 ]

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 from abc import abstractmethod
 from collections.abc import Iterator
-from typing import Any, ClassVar, Literal, cast
+from typing import Any, Literal, cast
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
@@ -24,9 +24,12 @@ from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, DenoiserLike, Guided, ode_sample
 from fewstep.errors import FewstepError
 from fewstep.networks import ema_update, warmed_up_decay
+from fewstep.networks.folders import find_folder
 from fewstep.networks.loading import METADATA_KEY
+from fewstep.networks.lora import LoRA, SharedBase, share_base
 from fewstep.seeding import Generators, torch_generator
 from lightning_modules.checks import check_same_experiment, load_strictly
+from lightning_modules.companions import Companions
 from lightning_modules.optimisation import Draws, micro_batches
 from lightning_modules.optimised_roles import OptimisedRoles
 from lightning_modules.parallel import ShardedStrategy, shard
@@ -34,6 +37,7 @@ from lightning_modules.preparation import (
     check_precision,
     checkpoint_activations,
     compile_blocks,
+    keep_in,
 )
 from lightning_modules.roles import Evaluations, Update, frozen, run_seed
 
@@ -60,11 +64,18 @@ class FewStepModule(OptimisedRoles):
             compared, in float32.
         shard_frozen: under FSDP2, shard frozen roles too; otherwise each device has them whole,
             which takes memory and saves gathering them for every evaluation.
+        lora: train adapters on the network the student starts from, instead of a copy of it. Base,
+            teacher and average are then one network, and checkpoints hold the adapters alone.
+        pipeline: folder of the diffusers pipeline whose text encoders and VAE encode prompts and
+            pixels and decode samples; the teacher's by default.
+        encoder_precision: what these compute in.
+        offload_encoders: put text encoders back on the CPU after each use.
     """
 
-    frozen_roles: ClassVar[tuple[str, ...]] = ()
+    frozen_roles: tuple[str, ...] = ()
 
     student: Denoiser
+    teacher: Denoiser
     ema: Denoiser | None
 
     def __init__(
@@ -82,6 +93,10 @@ class FewStepModule(OptimisedRoles):
         checkpoint_activations: bool = False,
         frozen_precision: Literal["float32", "bfloat16"] = "float32",
         shard_frozen: bool = True,
+        lora: LoRA | None = None,
+        pipeline: str | None = None,
+        encoder_precision: Literal["float32", "bfloat16", "float16"] = "float32",
+        offload_encoders: bool = False,
     ) -> None:
         super().__init__({"student": optimizer}, warmup_updates, lr_decay, gradient_clip)
         self.accumulate = accumulate
@@ -93,6 +108,12 @@ class FewStepModule(OptimisedRoles):
         self.checkpoint_activations = checkpoint_activations
         self.frozen_precision = frozen_precision
         self.shard_frozen = shard_frozen
+        self.lora = lora
+        self.pipeline = pipeline
+        self.encoder_precision = encoder_precision
+        self.offload_encoders = offload_encoders
+        self.companions: Companions | None = None
+        self._shared: SharedBase | None = None
         self.provenance: dict[str, dict[str, str]] = {}
         self.loaded_metadata: dict[str, Any] | None = None
         self.training_cost: dict[str, Any] = {}
@@ -144,11 +165,10 @@ class FewStepModule(OptimisedRoles):
         if self._trainer is not None:
             check_precision(str(self._trainer.precision))
         self.build_roles()
-        self.ema = None
-        if self.ema_decay is not None:
-            self.ema = cast(Denoiser, frozen(copy.deepcopy(self.student).float()))
+        self._find_companions()
+        self.ema = None if self.ema_decay is None else self._average_of_student()
         for role in self.frozen_roles:
-            frozen(getattr(self, role)).to(getattr(torch, self.frozen_precision))
+            keep_in(frozen(getattr(self, role)), getattr(torch, self.frozen_precision))
         for name, network in self._roles():
             if self.checkpoint_activations and name != "ema":
                 checkpoint_activations(network)
@@ -156,6 +176,31 @@ class FewStepModule(OptimisedRoles):
                 compile_blocks(network)
         if self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy):
             self._shard(self._trainer.strategy, str(self._trainer.precision) == "bf16-mixed")
+
+    def start_student(self, source: Denoiser) -> None:
+        """Builds the student from a frozen network: a copy of it, or adapters on it.
+
+        With adapters, the network becomes the role ``teacher``, which holds it.
+        """
+        if self.lora is None:
+            self.student = copy.deepcopy(source).requires_grad_(True)
+            return
+        self._shared = share_base(source, self.lora, run_seed())
+        self.teacher, self.student = self._shared.teacher, self._shared.student
+
+    def _average_of_student(self) -> Denoiser:
+        if self._shared is None:
+            return cast(Denoiser, frozen(copy.deepcopy(self.student).float()))
+        self._shared.ema.alpha_floor = self.student.alpha_floor
+        return self._shared.ema
+
+    def _find_companions(self) -> None:
+        """Text encoders and VAE of the pipeline that was named, or else the teacher's."""
+        origins = [origin.get("pipeline") for origin in self.provenance.values()]
+        folder = self.pipeline or next(filter(None, origins), None)
+        if folder is not None:
+            dtype = getattr(torch, self.encoder_precision)
+            self.companions = Companions(find_folder(folder), dtype, self.offload_encoders)
 
     def _roles(self) -> list[tuple[str, nn.Module]]:
         """The networks that there are, by role: trained, averaged, frozen."""
@@ -168,7 +213,8 @@ class FewStepModule(OptimisedRoles):
         mesh = strategy.shard_mesh
         for name, network in self._roles():
             if name not in self.frozen_roles or self.shard_frozen:
-                shard(network, mesh, torch.bfloat16 if mixed and name != "ema" else None)
+                averaged = name == "ema"
+                shard(network, mesh, torch.bfloat16 if mixed and not averaged else None, averaged)
 
     def train(self, mode: bool = True) -> FewStepModule:
         """Sets train mode, except for frozen and averaged roles."""
@@ -193,6 +239,7 @@ class FewStepModule(OptimisedRoles):
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One student update, and one of each other trained role."""
+        batch = self._encoded(batch, "train-latents", self.student_updates)
         draws = self._global_draws(batch)
         logs: dict[str, Tensor] = {}
         parts = list(micro_batches(batch, draws, self.accumulate))
@@ -224,6 +271,17 @@ class FewStepModule(OptimisedRoles):
         everyone: Batch = {**batch, "sample": shapes}
         return self.draw(everyone, generator).rows(slice(rank * size, (rank + 1) * size))
 
+    def _encoded(self, batch: Batch, stream: str, number: int) -> Batch:
+        """A batch of latents and embeddings, where the data are pixels and prompts."""
+        if self.companions is None:
+            return batch
+        world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
+        shape = (world * size, *self.sample_shape)
+        noise = torch.randn(shape, generator=self._generator(stream, number), device=self.device)
+        return self.companions.encoded(
+            batch, self.sample_shape, noise[rank * size : (rank + 1) * size]
+        )
+
     def _generator(self, stream: str, *counters: int) -> torch.Generator:
         """Random numbers that depend on (seed, stream, counters) alone, for exact resume."""
         return torch_generator(run_seed(), stream, *counters, device=self.device)
@@ -232,6 +290,7 @@ class FewStepModule(OptimisedRoles):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The training losses on held-out data, with the same draws at every validation."""
+        batch = self._encoded(batch, "validation-latents", batch_idx)
         draws = self.draw(batch, self._generator("validation", batch_idx, self.global_rank))
         for update in self.updates(batch, draws):
             values = {f"val/{name}": value for name, value in update.logs.items()}
@@ -273,7 +332,8 @@ class FewStepModule(OptimisedRoles):
             generator: for samplers that draw: one on the noise's device, or one on the CPU for each
                 sample.
             role: whose weights; the averaged student by default. ``teacher`` follows the ODE.
-            prompt: captions, of no effect on networks whose conditions are all in ``cond``.
+            prompt: captions, encoded by the pipeline's text encoders if there are any; what
+                ``cond`` has already goes first.
 
         Raises:
             FewstepError: for a role that cannot sample, or a step count the student cannot serve.
@@ -282,6 +342,8 @@ class FewStepModule(OptimisedRoles):
         role = roles[0] if role is None else role
         if role not in roles:
             raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
+        if prompt is not None and self.companions is not None:
+            cond = {**self.companions.conditions(prompt, noise.device), **(cond or {})}
         denoiser = Guided(getattr(self, role), self.guidance_scale(role))
         if role == "teacher":
             return FewStepModule.sample_from(self, denoiser, noise, cond, num_steps, generator)
@@ -289,6 +351,8 @@ class FewStepModule(OptimisedRoles):
 
     def decode(self, x0: Tensor) -> Tensor:
         """Samples to pixels in [-1, 1]; pixel-space models only clamp."""
+        if self.companions is not None:
+            return self.companions.decoded(x0)
         return x0.clamp(-1, 1) if x0.ndim > 2 else x0
 
     # ------------------------------------------------------------------ checkpoints

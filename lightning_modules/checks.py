@@ -35,7 +35,7 @@ def check_same_experiment(stored: dict[str, Any] | None, current: dict[str, Any]
     """
     if stored is None:
         raise FewstepError("This checkpoint was not written by fewstep; it cannot be resumed from.")
-    ignored = {"student_updates", "frozen", "training"}
+    ignored = {"student_updates", "frozen", "training", "sampling"}
     found = _differences(
         {k: v for k, v in stored.items() if k not in ignored},
         {k: v for k, v in current.items() if k not in ignored},

@@ -7,11 +7,10 @@ Phased Consistency Models. Also the common ground of its successor in
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -89,8 +88,7 @@ class ConsistencyDistillation(FewStepModule):
         base: options of :class:`~lightning_modules.base.FewStepModule`.
     """
 
-    frozen_roles: ClassVar[tuple[str, ...]] = ("teacher",)
-    teacher: Denoiser
+    frozen_roles = ("teacher",)
 
     def __init__(
         self,
@@ -124,7 +122,7 @@ class ConsistencyDistillation(FewStepModule):
 
     def build_roles(self) -> None:
         self.teacher, self.provenance["teacher"] = load_teacher(self.teacher_source)
-        self.student = copy.deepcopy(self.teacher).requires_grad_(True)
+        self.start_student(self.teacher)
         self.schedule = self.teacher.schedule
         grid = TimeGrid.uniform(self.schedule, self.num_grid_points)
         self.phases = PhaseSchedule(grid, self.num_phases)
@@ -235,10 +233,13 @@ class ConsistencyDistillation(FewStepModule):
         end = self.schedule.t_clean if self.boundary == "lcm" else self.schedule.t_min
         times = torch.cat([visited, torch.tensor([end]).double()])
         if self.embed_guidance:
-            # Ask for the middle of the range the student was trained on.
-            guidance = noise.new_full((len(noise),), sum(self.guidance_range or (1, 1)) / 2)
+            guidance = noise.new_full((len(noise),), self._embedded_guidance())
             cond = self._with_guidance(cond or {}, guidance)
         return consistency_sample(denoiser, noise, cond, times, generator)
+
+    def _embedded_guidance(self) -> float:
+        """What the student is told when sampling: the middle of the range it was trained on."""
+        return sum(self.guidance_range or (1, 1)) / 2
 
     def guidance_scale(self, role: str | None = None) -> float:
         """The teacher samples with the guidance that its solver teaches."""
@@ -247,7 +248,11 @@ class ConsistencyDistillation(FewStepModule):
         return self.sampling_guidance
 
     def method_metadata(self) -> dict[str, Any]:
-        return {"phases": self.phases.to_config(), "boundary": self.boundary}
+        sampling: dict[str, Any] = {"guidance_scale": self.sampling_guidance}
+        if self.embed_guidance:
+            sampling["embedded_guidance"] = self._embedded_guidance()
+        config = self.phases.to_config()
+        return {"phases": config, "boundary": self.boundary, "sampling": sampling}
 
     def evaluations(self) -> dict[str, Evaluations]:
         target = Evaluations(forward=1)

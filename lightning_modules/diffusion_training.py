@@ -12,10 +12,11 @@ from torch import Tensor
 from fewstep.contracts import Batch
 from fewstep.diffusion import Backbone, Denoiser, PredictionType, Schedule, network_target
 from fewstep.diffusion.losses import mse
+from fewstep.errors import FewstepError
 from lightning_modules.base import FewStepModule
 from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
-from lightning_modules.roles import Evaluations, Update
+from lightning_modules.roles import Evaluations, TeacherSource, Update, load_teacher
 
 
 @dataclass(frozen=True)
@@ -34,26 +35,47 @@ class DiffusionTraining(FewStepModule):
         backbone: makes the network.
         schedule: its noise schedule.
         prediction_type: what the network learns to output.
+        start: trained weights to go on from, instead of these three: a checkpoint, a run's folder
+            or a diffusers pipeline.
         cond_dropout: share of samples trained without their condition, for guidance.
         base: options of :class:`~lightning_modules.base.FewStepModule`.
     """
 
     def __init__(
         self,
-        backbone: Callable[[], Backbone],
-        schedule: Schedule,
+        backbone: Callable[[], Backbone] | None = None,
+        schedule: Schedule | None = None,
         prediction_type: PredictionType = "epsilon",
         cond_dropout: float = 0.1,
+        start: TeacherSource | None = None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
         self.make_backbone = backbone
-        self.schedule = schedule
+        self.make_schedule = schedule
         self.prediction_type: PredictionType = prediction_type
         self.cond_dropout = cond_dropout
+        self.start = start
+        if self.lora is not None:
+            self.frozen_roles = ("teacher",)
+        if (start is None) == (backbone is None) or (start is None) != (schedule is not None):
+            raise FewstepError(
+                "DiffusionTraining needs either a backbone and a schedule, or `start`, a trained "
+                "network that brings both."
+            )
+        if self.lora is not None and start is None:
+            raise FewstepError("A LoRA adapts a trained network: give DiffusionTraining a `start`.")
 
     def build_roles(self) -> None:
-        self.student = Denoiser(self.make_backbone(), self.schedule, self.prediction_type)
+        if self.start is not None:
+            network, self.provenance["teacher"] = load_teacher(self.start)
+            self.start_student(network)
+            self.prediction_type = self.student.prediction_type
+        else:
+            assert self.make_backbone is not None
+            assert self.make_schedule is not None
+            self.student = Denoiser(self.make_backbone(), self.make_schedule, self.prediction_type)
+        self.schedule = self.student.schedule
 
     def draw(self, batch: Batch, generator: torch.Generator) -> DiffusionDraws:
         x0 = batch["sample"]

@@ -82,7 +82,12 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
 
-def shard(role: nn.Module, mesh: DeviceMesh, low_precision: torch.dtype | None = None) -> None:
+def shard(
+    role: nn.Module,
+    mesh: DeviceMesh,
+    low_precision: torch.dtype | None = None,
+    averaged: bool = False,
+) -> None:
     """Shards the backbones within a role, unit by unit, and then what is left of each.
 
     Units are gathered for their own forward and backward passes and given back at once, so no
@@ -93,8 +98,12 @@ def shard(role: nn.Module, mesh: DeviceMesh, low_precision: torch.dtype | None =
             of a discriminator, stays replicated.
         mesh: ``(shards)``, or ``(replicas, shards)`` for hybrid sharding.
         low_precision: what units compute in; gradients are reduced in float32 all the same.
+        averaged: whether the role is an average, which is updated shard by shard at any time.
     """
-    policy = MixedPrecisionPolicy(param_dtype=low_precision, reduce_dtype=torch.float32)
+    # Inputs are left to autocast: in bfloat16, which cannot say 999, times would be others.
+    policy = MixedPrecisionPolicy(
+        param_dtype=low_precision, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
     for backbone in [m for m in role.modules() if isinstance(m, Backbone)]:
         trained = any(parameter.requires_grad for parameter in backbone.parameters())
         for name in backbone.shard_units:
@@ -106,7 +115,9 @@ def shard(role: nn.Module, mesh: DeviceMesh, low_precision: torch.dtype | None =
             )
         # A discriminator looks at the inside of a frozen backbone: gradient then enters below its
         # output, which is where what is left would have been gathered for the backward pass.
-        fully_shard(backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=trained)
+        fully_shard(
+            backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=trained or averaged
+        )
 
 
 StrategyRegistry.register("ddp", ReplicatedStrategy, override=True)

@@ -198,6 +198,11 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         times = self.phases.sampling_times(num_steps, self.allow_untrained_steps)
         return phased_sample(denoiser, noise, cond, times, generator, self.stochasticity)
 
+    def method_metadata(self) -> dict[str, Any]:
+        metadata = super().method_metadata()
+        metadata["sampling"]["stochasticity"] = self.stochasticity
+        return metadata
+
     def step_counts(self, role: str | None = None) -> list[int]:
         """As many steps as phases."""
         return self.measured_steps or [self.num_phases]

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
+from fewstep.networks.lora import pinned
 
 FULL_PRECISION = ("64-true", "32-true", "16-mixed", "bf16-mixed")
 
@@ -29,6 +30,20 @@ def check_precision(precision: str) -> None:
         )
 
 
+def keep_in(role: nn.Module, dtype: torch.dtype) -> None:
+    """Keeps a frozen role's weights in a dtype, except where its library says float32.
+
+    Buffers stay as they are: they are tables of positions, which low precision would move.
+    """
+    for backbone in backbones(role):
+        network = getattr(backbone, "network", backbone)
+        exempt = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in backbone.named_parameters():
+            if not exempt.intersection(name.split(".")):
+                parameter.data = parameter.data.to(dtype)
+        backbone.kept_in = dtype
+
+
 class _Checkpointed:
     """Mixed into a block's class: keeps the block's input and computes the rest once more.
 
@@ -39,7 +54,8 @@ class _Checkpointed:
         inner = super().forward  # type: ignore[misc]
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        return checkpoint(inner, *args, use_reentrant=False, **kwargs)
+        # Computed once more with the adapter it was computed with, whichever role ran since.
+        return checkpoint(pinned(inner), *args, use_reentrant=False, **kwargs)
 
 
 def checkpoint_activations(role: nn.Module) -> None:

@@ -6,13 +6,47 @@ import copy
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.diffusion import Denoiser
 from fewstep.networks import load_denoiser
+from fewstep.networks.loading import is_checkpoint
+from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of
 
-TeacherSource = str | Callable[[], Denoiser]
+
+class Pretrained:
+    """A diffusers pipeline as the source of a network, where its folder alone does not say enough.
+
+    Args:
+        folder: of the pipeline, or a name of the Hugging Face hub that is in its local cache.
+        size: height and width of samples in pixels; what the pipeline was made for by default.
+        frames: of videos, in pixels.
+        null: file of what the unconditional branch gets, as ``fewstep shards encode`` writes it
+            (``empty.safetensors``), so that no text encoder need be loaded.
+    """
+
+    def __init__(
+        self,
+        folder: str,
+        size: tuple[int, int] | None = None,
+        frames: int | None = None,
+        null: str | None = None,
+    ) -> None:
+        self.folder = folder
+        self.size = size
+        self.frames = frames
+        self.null = null
+
+    def load(self) -> LoadedPipeline:
+        """Loads the denoiser; text encoders and VAE wait until they are needed."""
+        null = None if self.null is None else load_file(self.null)
+        return load_denoiser_of(self.folder, self.size, self.frames, null)
+
+
+TeacherSource = str | Pretrained | Callable[[], Denoiser]
 
 
 @dataclass(frozen=True)
@@ -48,12 +82,28 @@ def frozen(module: nn.Module) -> nn.Module:
     return module.requires_grad_(False).eval()
 
 
+def is_pipeline(source: str) -> bool:
+    """Whether this is a diffusers pipeline's folder, or looks like a name on the hub."""
+    path = Path(source)
+    if path.is_dir():
+        return (path / "model_index.json").is_file()
+    looks_local = source.startswith((".", "/", "~", "runs/")) or path.suffix == ".ckpt"
+    return source.count("/") == 1 and not looks_local and not is_checkpoint(path)
+
+
 def load_teacher(source: TeacherSource) -> tuple[Denoiser, dict[str, str]]:
     """Builds a frozen teacher and says where it came from.
 
     Args:
-        source: a checkpoint, a run's or an experiment's folder, or a factory of a denoiser.
+        source: a checkpoint, a run's or an experiment's folder, a diffusers pipeline's folder or
+            name, or a factory of a denoiser.
     """
+    if isinstance(source, str) and is_pipeline(source):
+        source = Pretrained(source)
+    if isinstance(source, Pretrained):
+        pipeline = source.load()
+        origin = {"source": pipeline.source, "sha256": pipeline.sha256, "weights": "pipeline"}
+        return pipeline.denoiser, {**origin, "pipeline": str(pipeline.folder)}
     if callable(source):
         teacher = copy.deepcopy(source())
         return teacher.requires_grad_(False).eval(), {"source": type(teacher.backbone).__name__}

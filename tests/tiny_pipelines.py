@@ -11,27 +11,19 @@ import torch
 from diffusers import (
     AnimateDiffPipeline,
     AutoencoderKL,
-    AutoencoderKLWan,
     AutoencoderTiny,
     DDIMScheduler,
-    FlowMatchEulerDiscreteScheduler,
     MotionAdapter,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
     UNet3DConditionModel,
-    WanPipeline,
-    WanTransformer3DModel,
 )
-from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
-    PreTrainedTokenizerFast,
-    UMT5Config,
-    UMT5EncoderModel,
 )
 
 WIDTH = 16
@@ -63,18 +55,25 @@ def clip_config() -> CLIPTextConfig:
     )
 
 
-def unet() -> UNet2DConditionModel:
-    """Never run here, only saved, so that loading can leave it out."""
+def unet(cross_attention_dim: int = WIDTH, **config: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
         layers_per_block=1,
         block_out_channels=(8, 16),
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        cross_attention_dim=WIDTH,
+        cross_attention_dim=cross_attention_dim,
         norm_num_groups=4,
         attention_head_dim=4,
+        **config,
     )
+
+
+def scheduler(**config: Any) -> DDIMScheduler:
+    """With Stable Diffusion's betas, as its pipelines have them."""
+    released = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
+    released |= {"clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    return DDIMScheduler(**{**released, **config})
 
 
 def image_vae(**config: Any) -> AutoencoderKL:
@@ -97,14 +96,14 @@ def tiny_vae() -> AutoencoderTiny:
     )
 
 
-def save_stable_diffusion(folder: Path, vae: Any = None) -> Path:
+def save_stable_diffusion(folder: Path, vae: Any = None, scheduling: Any = None) -> Path:
     torch.manual_seed(0)
     StableDiffusionPipeline(
         vae=vae or image_vae(scaling_factor=0.5, shift_factor=0.25),
         text_encoder=CLIPTextModel(clip_config()),
         tokenizer=clip_tokenizer(folder / "made"),
         unet=unet(),
-        scheduler=DDIMScheduler(),
+        scheduler=scheduling or scheduler(),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -121,10 +120,24 @@ def save_stable_diffusion_xl(folder: Path) -> Path:
         text_encoder_2=CLIPTextModelWithProjection(clip_config()),
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        unet=unet(),
-        scheduler=DDIMScheduler(),
+        unet=unet(
+            cross_attention_dim=2 * WIDTH,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=8,
+            projection_class_embeddings_input_dim=WIDTH + 6 * 8,
+        ),
+        scheduler=scheduler(timestep_spacing="trailing"),
     ).save_pretrained(folder)
     return folder
+
+
+def motion_adapter() -> MotionAdapter:
+    return MotionAdapter(
+        block_out_channels=(8, 16),
+        motion_layers_per_block=1,
+        motion_num_attention_heads=2,
+        motion_norm_num_groups=4,
+    )
 
 
 def save_text_to_video(folder: Path, kind: type[Any]) -> Path:
@@ -132,12 +145,7 @@ def save_text_to_video(folder: Path, kind: type[Any]) -> Path:
     torch.manual_seed(0)
     networks: dict[str, Any] = {"unet": unet()}
     if kind is AnimateDiffPipeline:
-        networks["motion_adapter"] = MotionAdapter(
-            block_out_channels=(8, 16),
-            motion_layers_per_block=1,
-            motion_num_attention_heads=2,
-            motion_norm_num_groups=4,
-        )
+        networks["motion_adapter"] = motion_adapter()
     else:
         networks["unet"] = UNet3DConditionModel(
             sample_size=8,
@@ -153,43 +161,7 @@ def save_text_to_video(folder: Path, kind: type[Any]) -> Path:
         vae=image_vae(scaling_factor=0.5),
         text_encoder=CLIPTextModel(clip_config()),
         tokenizer=clip_tokenizer(folder / "made"),
-        scheduler=DDIMScheduler(),
+        scheduler=scheduler(beta_schedule="linear"),
         **networks,
-    ).save_pretrained(folder)
-    return folder
-
-
-def save_wan(folder: Path) -> Path:
-    torch.manual_seed(0)
-    words = {"<pad>": 0, "</s>": 1, "<unk>": 2, "a": 3, "moving": 4, "and": 5}
-    raw = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
-    raw.pre_tokenizer = pre_tokenizers.Whitespace()
-    WanPipeline(
-        vae=AutoencoderKLWan(
-            base_dim=4,
-            z_dim=4,
-            dim_mult=[1, 1, 1, 1],
-            num_res_blocks=1,
-            temperal_downsample=[False, True, True],
-            latents_mean=[0.1, -0.2, 0.3, 0.0],
-            latents_std=[2.0, 1.5, 0.5, 1.0],
-        ),
-        text_encoder=UMT5EncoderModel(
-            UMT5Config(vocab_size=8, d_model=WIDTH, d_kv=8, d_ff=32, num_layers=1, num_heads=2)
-        ),
-        tokenizer=PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
-            tokenizer_object=raw, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
-        ),
-        transformer=WanTransformer3DModel(
-            num_attention_heads=2,
-            attention_head_dim=12,
-            in_channels=4,
-            out_channels=4,
-            text_dim=WIDTH,
-            freq_dim=16,
-            ffn_dim=32,
-            num_layers=1,
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(),
     ).save_pretrained(folder)
     return folder

@@ -27,11 +27,13 @@ class Backbone(nn.Module):
         shard_units: names of the sub-modules that FSDP2 gathers one at a time; what is in none of
             them is gathered for the whole forward pass.
         guidance_input: name of the conditioning that takes a guidance-scale embedding, if any.
+        kept_in: what most of its weights are kept in, if that was decided for it.
     """
 
     config: dict[str, Any]
     sample_shape: tuple[int, ...]
     guidance_input: str | None = None
+    kept_in: torch.dtype | None = None
 
     @property
     def feature_blocks(self) -> dict[str, int]:
@@ -44,7 +46,7 @@ class Backbone(nn.Module):
     @property
     def low_precision(self) -> torch.dtype | None:
         """The half precision its weights are kept in, if they are."""
-        dtype = next((parameter.dtype for parameter in self.parameters()), None)
+        dtype = self.kept_in or next((p.dtype for p in self.parameters()), None)
         return dtype if dtype in (torch.bfloat16, torch.float16) else None
 
     def feature(self, output: Any) -> Tensor:

@@ -14,7 +14,7 @@ from fewstep.errors import FewstepError, nearest
 
 
 @contextmanager
-def tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+def tapped(backbone: Backbone, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Collects the outputs of the named sub-modules during the enclosed forward passes.
 
     Hooks instead of a copy of the backbone's forward: nothing to keep in step with its library.
@@ -23,11 +23,11 @@ def tapped(module: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor
 
     def keep(name: str) -> Any:
         def hook(_module: nn.Module, _inputs: object, output: Any) -> None:
-            taken[name] = output[0] if isinstance(output, tuple) else output
+            taken[name] = backbone.feature(output)
 
         return hook
 
-    handles = [module.get_submodule(name).register_forward_hook(keep(name)) for name in names]
+    handles = [backbone.get_submodule(name).register_forward_hook(keep(name)) for name in names]
     try:
         yield taken
     finally:
@@ -40,11 +40,14 @@ def as_map(feature: Tensor, sample: Tensor) -> Tensor:
 
     Args:
         feature: ``(B, N, C)`` tokens, ``(B, C, h, w)``, ``(B, C, F, h, w)`` or ``(B, C)``.
-        sample: the network's input, whose aspect ratio says how ``N`` tokens form a map.
+        sample: the network's input, whose aspect ratio says how ``N`` tokens form a map. A video's
+            tokens are those of its frames in turn, each of them in patches of its own.
     """
     if feature.ndim == 5:
         return feature.transpose(1, 2).flatten(0, 1)
     if feature.ndim == 3:
+        if sample.ndim == 5:
+            feature = feature.unflatten(1, (sample.shape[2], -1)).flatten(0, 1)
         height, width = sample.shape[-2:]
         rows = round((feature.shape[1] * height / width) ** 0.5)
         return feature.transpose(1, 2).unflatten(2, (rows, -1))

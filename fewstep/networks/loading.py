@@ -13,6 +13,8 @@ import torch
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import FewstepError
+from fewstep.networks.lora import is_lora_spec, rebuild
+from fewstep.networks.pipelines import load_denoiser_of
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder, read_tensors
 
 METADATA_KEY = "fewstep"
@@ -118,10 +120,39 @@ def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
     }
     if not weights:
         raise FewstepError(f"'{path}' holds no weights of a role named '{role}'.")
-    denoiser = Denoiser.from_spec(metadata["denoiser"])
+    denoiser = untrained(metadata)
     denoiser.load_state_dict(weights)
     denoiser.requires_grad_(False).eval()
     return LoadedDenoiser(denoiser, str(path), _sha256(path), role)
+
+
+def untrained(metadata: dict[str, Any]) -> Denoiser:
+    """The denoiser a checkpoint's metadata describe, before its weights are loaded.
+
+    A LoRA is put on its base, which is read from where the run read it.
+
+    Raises:
+        FewstepError: if the base is not there, or another one than the LoRA was trained on.
+    """
+    spec = metadata["denoiser"]
+    if not is_lora_spec(spec):
+        return Denoiser.from_spec(spec)
+    origin = metadata["frozen"]["teacher"]
+    if "pipeline" in origin:
+        pipeline = load_denoiser_of(origin["source"])
+        found, sha256 = pipeline.denoiser, pipeline.sha256
+    else:
+        loaded = load_denoiser(origin["source"], origin["weights"])
+        found, sha256 = loaded.denoiser, loaded.sha256
+    if sha256 != origin["sha256"]:
+        raise FewstepError(
+            f"'{origin['source']}' has changed since this LoRA was trained on it: its sha256 was "
+            f"{origin['sha256'][:16]}.. and is {sha256[:16]}... Restore the base."
+        )
+    # Of the run's own sample shape, which need not be what the pipeline was made for.
+    base = Denoiser.from_spec({**spec, "alpha_floor": found.alpha_floor})
+    base.load_state_dict(found.state_dict())
+    return rebuild(base, spec)
 
 
 def _sha256(path: Path) -> str:

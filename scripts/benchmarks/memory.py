@@ -31,17 +31,20 @@ class PeakMemory:
 
     def __init__(self, device: str) -> None:
         self.device = device
+        if device != "cuda":
+            _give_back()  # or what is freed later would count as less than nothing
         self.before = 0 if device == "cuda" else _resident("VmRSS")
 
     def restart(self) -> None:
         """Forgets the peak so far; what was freed goes back to the system first."""
-        gc.collect()
         if self.device == "cuda":
+            gc.collect()
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
-        elif sys.platform == "linux":
-            with suppress(OSError, AttributeError):
-                ctypes.CDLL("libc.so.6").malloc_trim(0)
+            return
+        _give_back()
+        if sys.platform == "linux":
+            with suppress(OSError):
                 CLEAR.write_text("5")
 
     def read(self) -> int:
@@ -49,6 +52,14 @@ class PeakMemory:
         if self.device == "cuda":
             return torch.cuda.max_memory_allocated()
         return _resident("VmHWM") - self.before
+
+
+def _give_back() -> None:
+    """Returns freed memory to the system."""
+    gc.collect()
+    if sys.platform == "linux":
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _resident(entry: str) -> int:

@@ -12,7 +12,9 @@ import torch
 from datamodules import Mixed, Shards
 from datamodules.index import SUFFIX, summary
 from fewstep.contracts import Batch
+from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
+from fewstep.networks.families import DiffusersBackbone
 from lightning_modules import FewStepModule
 
 
@@ -79,8 +81,16 @@ def example_batch(
     accepted = inspect.signature(model.student.backbone.forward).parameters
     if not isinstance(data, Shards) and "class_labels" in accepted:
         conditions = {"class_labels": None}
-    unknown = sorted(set(conditions) - {"class_labels"})
+    cond = _text(model.student.backbone, size)
+    unknown = sorted(set(conditions) - {"class_labels", *(("prompt", *cond) if cond else ())})
     if unknown:
         raise FewstepError(f"the shape of {', '.join(unknown)} is known to the data alone")
-    cond: dict[str, Any] = {name: torch.zeros(size, dtype=torch.long) for name in conditions}
+    if "class_labels" in conditions:
+        cond["class_labels"] = torch.zeros(size, dtype=torch.long)
     return {"sample": torch.zeros(size, *model.sample_shape), "cond": cond, "key": [""] * size}
+
+
+def _text(backbone: Backbone, size: int) -> dict[str, Any]:
+    """Conditions as long as the backbone's null condition, where it knows one."""
+    shapes = backbone.config.get("null", {}) if isinstance(backbone, DiffusersBackbone) else {}
+    return {name: torch.zeros(size, *shape[1:]) for name, shape in shapes.items() if shape}

@@ -17,6 +17,7 @@ from fewstep.networks.loading import METADATA_KEY, find_checkpoint, read_checkpo
 from fewstep.spec import Spec
 from lightning_modules import FewStepModule
 from lightning_modules.preparation import check_precision
+from lightning_modules.roles import is_pipeline
 from scripts.experiments import find_experiment, with_defaults
 
 # Precisions in which Lightning converts all of a module.
@@ -66,7 +67,7 @@ def build_without_weights(model: FewStepModule, precision: str = "32-true") -> l
         notes.append("Blocks are planned as if not compiled, which saves some activations.")
         model.compile_blocks = False
     with parameters_on_meta():
-        if isinstance(source, str):
+        if isinstance(source, str) and not is_pipeline(source):
             spec, note = architecture_of(source)
             notes += [note] if note else []
             model.teacher_source = lambda: Denoiser.from_spec(spec)  # type: ignore[assignment]

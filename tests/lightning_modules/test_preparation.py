@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from fewstep.errors import FewstepError
-from lightning_modules.preparation import check_precision, checkpoint_activations
+from fewstep.networks import DiT
+from fewstep.networks.pipelines import load_denoiser_of
+from lightning_modules.preparation import check_precision, checkpoint_activations, keep_in
 
-from training_runs import network, trained
+from ranks import run_ranks
+from tiny_transformers import save_wan
+from training_runs import Data, method, network, trained, trainer_of
 
 Run = tuple[dict[str, Tensor], list[dict[str, float]], bool]
 
@@ -119,6 +126,68 @@ def test_frozen_roles_that_are_not_sharded_are_whole_on_each_rank() -> None:
     for found in trained(2, "fsdp", "pcm", shard_frozen=False):
         assert found[2]
         assert_same_run(found, expected)
+
+
+def times_seen(kind: str, world: int) -> list[float]:
+    """All times at which the student is evaluated."""
+    seen: list[float] = []
+    module = method("lcm")
+    trainer = trainer_of(kind, world, 3, precision="bf16-mixed")
+    forward = DiT.forward
+
+    def listen(self: DiT, x_t: Tensor, t: Tensor, **cond: Tensor) -> Tensor:
+        seen.extend(t.tolist())
+        return forward(self, x_t, t, **cond)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiT, "forward", listen)
+        trainer.fit(module, Data())
+    return seen
+
+
+def test_times_are_not_rounded_by_mixed_precision() -> None:
+    grid = {50.0 * n - 1 for n in range(1, 21)} | {0.0}
+    for seen in run_ranks(2, times_seen, "fsdp", 2):
+        assert len(seen) > 10
+        assert set(seen) <= grid  # bfloat16 has no 949
+
+
+def sampled_while_training(kind: str, world: int, name: str) -> bool:
+    """Whether the average can be updated after it has sampled."""
+    module = method(name, **({"target_network": "ema"} if name == "lcm" else {}))
+    trainer = trainer_of(kind, world, 3, SamplesEachUpdate())
+    trainer.fit(module, Data())
+    assert module.ema is not None
+    return all(isinstance(p, DTensor) for p in module.ema.parameters())
+
+
+class SamplesEachUpdate(pl.Callback):
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: Any, *args: Any) -> None:
+        labels = {"class_labels": torch.tensor([1, 2])}
+        noise = torch.zeros(2, *pl_module.sample_shape)
+        pl_module.sample(noise, labels, 2, role="ema")
+
+
+@pytest.mark.parametrize("name", ["lcm", "adversarial"])
+def test_a_sharded_average_goes_on_after_it_has_sampled(name: str) -> None:
+    assert run_ranks(2, sampled_while_training, "fsdp", 2, name) == [True, True]
+
+
+def test_frozen_weights_stay_in_float32_where_their_library_says_so(tmp_path: Path) -> None:
+    denoiser = load_denoiser_of(save_wan(tmp_path), (16, 16), 5).denoiser
+    exact = copy.deepcopy(denoiser)
+    keep_in(denoiser, torch.bfloat16)
+    found = {name: p.dtype for name, p in denoiser.backbone.network.named_parameters()}
+    low = {name for name, dtype in found.items() if dtype == torch.bfloat16}
+    assert any("attn" in name for name in low)
+    assert not any("time_embedder" in name or "norm2" in name for name in low)
+    assert all(b.dtype != torch.bfloat16 for b in denoiser.backbone.buffers())
+    x, t = torch.randn(2, *denoiser.sample_shape), torch.tensor([999.0, 500.0])
+    cond = {"encoder_hidden_states": torch.randn(2, 8, 16)}
+    with torch.no_grad():
+        close, expected = denoiser(x, t, cond).x0, exact(x, t, cond).x0
+    assert not torch.equal(close, expected)
+    torch.testing.assert_close(close, expected, rtol=0.1, atol=0.1)
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])

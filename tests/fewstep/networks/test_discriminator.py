@@ -194,6 +194,13 @@ def test_video_frames_fold_into_the_batch() -> None:
     assert torch.equal(frames[7], clip[1, :, 2])
 
 
+def test_a_videos_tokens_form_the_maps_of_its_frames() -> None:
+    clip = torch.randn(2, 3, 5, 2, 6)
+    tokens = clip.flatten(2).transpose(1, 2)
+    sample = torch.empty(2, 1, 5, 4, 12)
+    assert torch.equal(as_map(tokens, sample), as_map(clip, sample))
+
+
 def test_maps_and_vectors_are_taken_as_they_are() -> None:
     image, vector = torch.randn(2, 3, 4, 4), torch.randn(2, 3)
     assert torch.equal(as_map(image, image), image)

@@ -34,9 +34,9 @@ from tiny_pipelines import (
     save_stable_diffusion,
     save_stable_diffusion_xl,
     save_text_to_video,
-    save_wan,
     tiny_vae,
 )
+from tiny_transformers import save_wan
 
 COUNT = 5
 
@@ -349,12 +349,12 @@ def test_sizes_and_lengths_the_vae_cannot_encode_are_refused(
 def test_unsupported_pipelines_are_answered_with_the_supported(
     tmp_path: Path, images: Path
 ) -> None:
-    folder = tmp_path / "flux"
+    folder = tmp_path / "kandinsky"
     folder.mkdir()
     with pytest.raises(FewstepError, match=r"needs a model_index\.json"):
         encode(images, folder, tmp_path / "dest")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "FluxPipeline"}))
-    with pytest.raises(FewstepError, match=r"FluxPipeline; supported are StableDiffusionPip"):
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": "KandinskyPipeline"}))
+    with pytest.raises(FewstepError, match=r"KandinskyPipeline; supported are StableDiffusionPip"):
         encode(images, folder, tmp_path / "dest")
 
 

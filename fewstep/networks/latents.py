@@ -1,0 +1,179 @@
+"""Between pixels and the latents a network sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.networks.folders import vae_factors
+from fewstep.networks.parts import load_part
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """From a VAE's latents to those a network sees: ``(z - shift) * scale``, by channel.
+
+    Attributes:
+        shift, scale: ``(C,)`` or ``(1,)``.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    @classmethod
+    def of(cls, config: Any) -> LatentSpace:
+        """Reads whichever of the usual names a VAE's configuration has."""
+        mean, std = config.get("latents_mean"), config.get("latents_std")
+        factor = config.get("scaling_factor") or 1.0
+        if mean is not None and std is not None:
+            return cls(torch.as_tensor(mean), factor / torch.as_tensor(std))
+        return cls(torch.tensor([config.get("shift_factor") or 0.0]), torch.tensor([factor]))
+
+    def normalised(self, latents: Tensor) -> Tensor:
+        """Latents ``(B, C, ...)`` as a network sees them, float32."""
+        return (latents.float() - _by_channel(self.shift, latents)) * self.deviation(latents)
+
+    def restored(self, latents: Tensor) -> Tensor:
+        """The inverse of :meth:`normalised`, float32."""
+        return latents.float() / self.deviation(latents) + _by_channel(self.shift, latents)
+
+    def deviation(self, latents: Tensor) -> Tensor:
+        """What standard deviations of ``latents`` are multiplied with."""
+        return _by_channel(self.scale, latents)
+
+
+def _by_channel(values: Tensor, latents: Tensor) -> Tensor:
+    return values.float().to(latents.device).view(1, -1, *[1] * (latents.ndim - 2))
+
+
+class LatentCodec:
+    """A pipeline's VAE, on latents as the denoising network sees them.
+
+    Frames are coded one by one where the VAE is one for images.
+
+    Args:
+        folder: the pipeline's.
+        device: where to compute.
+        dtype: in which precision to compute; VAEs that overflow in half precision stay in float32.
+        tiling, slicing: save memory, by parts of a sample or by samples. Tiles change pixels a
+            little where they meet.
+
+    Attributes:
+        encodes_videos: whether it is a VAE for videos.
+        factors: pixels a latent in time and in space.
+
+    Raises:
+        FewstepError: if the VAE is missing or damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        tiling: bool = False,
+        slicing: bool = False,
+    ) -> None:
+        self.vae = load_part(folder, "vae", dtype).to(device)
+        config = dict(self.vae.config)
+        if config.get("force_upcast"):
+            self.vae.to(torch.float32)
+        if tiling:
+            self.vae.enable_tiling()
+        if slicing:
+            self.vae.enable_slicing()
+        if isinstance(getattr(self.vae, "latents_mean", None), Tensor):  # LTX-Video's are weights
+            config |= {"latents_mean": self.vae.latents_mean, "latents_std": self.vae.latents_std}
+        self.space = LatentSpace.of(config)
+        weight = next(w for w in self.vae.encoder.parameters() if w.ndim >= 4)
+        self.encodes_videos = weight.ndim == 5
+        self.factors = vae_factors({**config, "_class_name": type(self.vae).__name__})
+        self._decode_time = bool(config.get("timestep_conditioning"))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it computes."""
+        device: torch.device = self.vae.device
+        return device
+
+    def to(self, device: str | torch.device) -> LatentCodec:
+        """Moves the VAE."""
+        self.vae.to(device)
+        return self
+
+    @torch.no_grad()
+    def distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Mean and standard deviation of the latents.
+
+        Args:
+            pixels: ``(B, C, H, W)`` or ``(B, C, F, H, W)`` in [-1, 1].
+
+        Returns:
+            both ``(B, C, ...)``, float32; no deviation for VAEs that give a single latent.
+        """
+        mean, std = self._raw_distribution(pixels.to(self.device, self.vae.dtype))
+        mean = self.space.normalised(mean)
+        return mean, None if std is None else std.float() * self.space.deviation(mean)
+
+    def encode(self, pixels: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents ``(B, C, ...)`` of pixels in [-1, 1], float32.
+
+        Args:
+            pixels: ``(B, C, H, W)`` or ``(B, C, F, H, W)``.
+            generator: draws from the VAE's distribution, on its own device; None takes the mean.
+        """
+        mean, std = self.distribution(pixels)
+        if generator is None or std is None:
+            return mean
+        noise = torch.randn(mean.shape, generator=generator, device=generator.device)
+        return mean + std * noise.to(mean.device)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """Pixels in [-1, 1] of latents ``(B, C, H, W)`` or ``(B, C, F, H, W)``, float32."""
+        z = self.space.restored(latents.to(self.device)).to(self.vae.dtype)
+        if z.ndim == 5 and not self.encodes_videos:
+            images = z.transpose(1, 2).flatten(0, 1)
+            # As many images at a time as there are videos: frames do not multiply the memory.
+            found = [self.vae.decode(part).sample for part in images.split(len(z))]
+            pixels = _videos(torch.cat(found), len(z))
+        elif z.ndim == 4 and self.encodes_videos:
+            pixels = self._decode_video(z[:, :, None])[:, :, 0]
+        else:
+            pixels = self._decode_video(z) if self.encodes_videos else self.vae.decode(z).sample
+        return pixels.float().clamp(-1, 1)
+
+    def _decode_video(self, z: Tensor) -> Tensor:
+        # Such a decoder may denoise a little itself; at time 0, its pipeline's, it does not.
+        time = (z.new_zeros(len(z)),) if self._decode_time else ()
+        pixels: Tensor = self.vae.decode(z, *time).sample
+        return pixels
+
+    def _raw_distribution(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """As the VAE gives it."""
+        if self.encodes_videos:
+            clips = pixels if pixels.ndim == 5 else pixels[:, :, None]
+            return _mean_and_std(self.vae.encode(clips))
+        if pixels.ndim == 4:
+            return _mean_and_std(self.vae.encode(pixels))
+        batch = len(pixels)
+        images = pixels.transpose(1, 2).flatten(0, 1)
+        found = [_mean_and_std(self.vae.encode(part)) for part in images.split(batch)]
+        means = _videos(torch.cat([mean for mean, _ in found]), batch)
+        stds = [std for _, std in found if std is not None]
+        return means, _videos(torch.cat(stds), batch) if stds else None
+
+
+def _mean_and_std(encoded: Any) -> tuple[Tensor, Tensor | None]:
+    if hasattr(encoded, "latents"):
+        return encoded.latents, None
+    return encoded.latent_dist.mode(), encoded.latent_dist.std
+
+
+def _videos(images: Tensor, batch: int) -> Tensor:
+    """Images ``(B * F, C, H, W)`` as videos ``(B, C, F, H, W)``."""
+    return images.unflatten(0, (batch, -1)).transpose(1, 2)

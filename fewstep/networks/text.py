@@ -1,0 +1,78 @@
+"""A pipeline's text encoders, speaking the denoising network's argument names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from fewstep.errors import FewstepError
+from fewstep.networks.families.family import Conditions
+from fewstep.networks.folders import TEXT_MODELS, family_of
+from fewstep.networks.parts import load_text_pipeline
+
+
+class TextEncoding:
+    """Encodes prompts as a pipeline does.
+
+    Args:
+        folder: the pipeline's.
+        device: where to compute.
+        dtype: in which precision to compute.
+
+    Raises:
+        FewstepError: if the family has no text, or its encoders are missing or damaged.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self.family = family_of(folder)
+        if self.family.encode is None:
+            raise FewstepError(f"A {self.family.pipeline} has no text encoder.")
+        self._encode = self.family.encode
+        self.device = torch.device(device)
+        self.pipeline = load_text_pipeline(folder, dtype)
+
+    @torch.no_grad()
+    def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditions:
+        """Conditionings of prompts under the backbone's argument names, each ``(B, ...)``.
+
+        Args:
+            size: height and width of the images in pixels, for families that are told; they are
+                told nothing by default, and take their own size.
+        """
+        self._to(self.device)
+        found = self._encode(self.pipeline, list(prompts), False)[0]
+        if size is not None and self.family.sized is not None:
+            for name, value in self.family.sized(size).items():
+                found[name] = value.to(self.device).expand(len(prompts), *value.shape[1:])
+        return found
+
+    @torch.no_grad()
+    def null(self) -> Conditions:
+        """What the pipeline gives its unconditional branch, each ``(1, ...)``.
+
+        Mostly the embedding of the empty prompt; zeros where the pipeline is made so.
+        """
+        self._to(self.device)
+        return self._encode(self.pipeline, [""], True)[1]
+
+    def to(self, device: str | torch.device) -> TextEncoding:
+        """Computes on another device from now on."""
+        self.device = torch.device(device)
+        return self
+
+    def offload(self) -> None:
+        """Puts the encoders on the CPU until they are needed again."""
+        self._to(torch.device("cpu"))
+
+    def _to(self, device: torch.device) -> None:
+        for part in TEXT_MODELS:
+            module = getattr(self.pipeline, part, None)
+            if isinstance(module, torch.nn.Module):
+                module.to(device)

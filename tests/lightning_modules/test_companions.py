@@ -1,0 +1,131 @@
+"""Methods on diffusers pipelines: prompts and pixels in, pictures out."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.networks.pipelines import load_denoiser_of
+from lightning_modules import (
+    ConsistencyDistillation,
+    DiffusionTraining,
+    FewStepModule,
+    PhasedConsistencyDistillation,
+    Pretrained,
+)
+from lightning_modules.roles import is_pipeline, load_teacher
+
+from captioned import PROMPTS, Captioned, trained
+from tiny_pipelines import save_stable_diffusion
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A whole tiny pipeline, as its user has it."""
+    return save_stable_diffusion(tmp_path_factory.mktemp("pipelines") / "sd")
+
+
+def pixels(size: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.rand(4, 3, size, size, generator=generator) * 2 - 1
+
+
+def methods(folder: Path) -> dict[str, FewStepModule]:
+    source: dict[str, Any] = {"ema_decay": 0.9}
+    return {
+        "teacher": DiffusionTraining(start=str(folder), **source),
+        "lcm": ConsistencyDistillation(str(folder), 50, guidance_range=(2.0, 3.0), **source),
+        "pcm": PhasedConsistencyDistillation(str(folder), 2, 50, **source),
+        "adversarial": PhasedConsistencyDistillation(
+            str(folder), 2, 50, adversarial_weight=0.1, head_width=8, **source
+        ),
+    }
+
+
+@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial"])
+def test_a_pipeline_is_trained_on_pictures_and_captions_and_draws(
+    folder: Path, tmp_path: Path, name: str
+) -> None:
+    module = methods(folder)[name]
+    size = load_denoiser_of(folder).size[0]
+    state = trained(module, Captioned(pixels(size)), tmp_path)
+    assert not any("text_encoder" in key or "vae" in key for key in state)
+    assert all(value.isfinite().all() for value in state.values())
+    noise = torch.randn(2, *module.sample_shape)
+    for steps in [2] if name in ("pcm", "adversarial") else [1, 4]:
+        drawn = module.decode(module.sample(noise, None, steps, prompt=PROMPTS[:2]))
+        assert drawn.shape == (2, 3, size, size)
+        assert float(drawn.abs().max()) <= 1
+
+
+def test_encoded_data_train_as_the_pictures_and_captions_they_were(
+    folder: Path, tmp_path: Path
+) -> None:
+    pipeline = load_denoiser_of(folder)
+    shown = pixels(pipeline.size[0])
+    raw = ConsistencyDistillation(str(folder), 50)
+    raw.configure_model()
+    assert raw.companions is not None
+    noise = torch.zeros(4, *raw.sample_shape)
+    batch = raw.companions.encoded(Captioned(shown).batch, raw.sample_shape, noise)
+    assert torch.equal(batch["sample"], pipeline.latents.encode(shown))
+    expected = pipeline.text.encode(PROMPTS)["encoder_hidden_states"]
+    assert torch.equal(batch["cond"]["encoder_hidden_states"], expected)
+    again = raw.companions.encoded(batch, raw.sample_shape, noise)
+    assert torch.equal(again["sample"], batch["sample"]), "latents are not encoded again"
+
+
+def test_what_samples_are_asked_for_changes_them(folder: Path) -> None:
+    module = methods(folder)["lcm"]
+    module.configure_model()
+    noise = torch.randn(1, *module.sample_shape)
+    fox, owl = (module.sample(noise, None, 1, prompt=[text]) for text in PROMPTS[:2])
+    assert not torch.equal(fox, owl)
+
+
+def test_a_pipeline_says_where_a_teacher_is_from(folder: Path) -> None:
+    denoiser, origin = load_teacher(str(folder))
+    assert origin["pipeline"] == str(folder)
+    assert origin["sha256"] == load_denoiser_of(folder).sha256
+    assert not any(parameter.requires_grad for parameter in denoiser.parameters())
+
+
+def test_a_size_of_ones_own_is_a_shape_of_ones_own(folder: Path) -> None:
+    native = load_denoiser_of(folder)
+    side = 2 * native.size[0]
+    larger, _ = load_teacher(Pretrained(str(folder), size=(side, side)))
+    factor = [
+        mine // theirs
+        for mine, theirs in zip(larger.sample_shape, native.denoiser.sample_shape, strict=True)
+    ]
+    assert factor == [1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("stabilityai/sdxl-turbo", True),
+        ("runs/digits", False),
+        ("./models/sd15", False),
+        ("/models/sd15", False),
+        ("models/last.ckpt", False),
+        ("runs/digits/teacher/version_0", False),
+    ],
+)
+def test_names_of_the_hub_are_told_from_paths(source: str, expected: bool) -> None:
+    assert is_pipeline(source) == expected
+
+
+def test_a_name_that_is_nowhere_says_how_to_get_it() -> None:
+    with pytest.raises(FewstepError, match=r"hf download nobody/nothing --local-dir"):
+        load_teacher("nobody/nothing")
+
+
+def test_training_needs_a_network_or_a_place_to_start_from(folder: Path) -> None:
+    with pytest.raises(FewstepError, match="`start`"):
+        DiffusionTraining()
