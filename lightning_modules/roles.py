@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion import Denoiser
 from fewstep.networks import load_denoiser
-from fewstep.networks.loading import is_checkpoint
+from fewstep.networks.loading import is_checkpoint, on_its_own
 from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of
 
 
@@ -109,4 +109,6 @@ def load_teacher(source: TeacherSource) -> tuple[Denoiser, dict[str, str]]:
         return teacher.requires_grad_(False).eval(), {"source": type(teacher.backbone).__name__}
     loaded = load_denoiser(source)
     provenance = {"source": loaded.source, "sha256": loaded.sha256, "weights": loaded.role}
-    return loaded.denoiser, provenance
+    if loaded.pipeline is not None:
+        provenance["pipeline"] = loaded.pipeline
+    return on_its_own(loaded.denoiser), provenance

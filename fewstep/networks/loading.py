@@ -13,7 +13,8 @@ import torch
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import FewstepError
-from fewstep.networks.lora import is_lora_spec, rebuild
+from fewstep.networks.lora import LoRADenoiser, is_lora_spec, rebuild
+from fewstep.networks.lora_files import merged_denoiser
 from fewstep.networks.pipelines import load_denoiser_of
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder, read_tensors
 
@@ -22,12 +23,17 @@ METADATA_KEY = "fewstep"
 
 @dataclass(frozen=True)
 class LoadedDenoiser:
-    """A denoiser read from a checkpoint, and where it came from."""
+    """A denoiser read from a checkpoint, and where it came from.
+
+    Attributes:
+        pipeline: folder of the diffusers pipeline whose text encoders and VAE go with it.
+    """
 
     denoiser: Denoiser
     source: str
     sha256: str
     role: str
+    pipeline: str | None = None
 
 
 def find_checkpoint(where: str | Path) -> Path:
@@ -123,7 +129,14 @@ def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
     denoiser = untrained(metadata)
     denoiser.load_state_dict(weights)
     denoiser.requires_grad_(False).eval()
-    return LoadedDenoiser(denoiser, str(path), _sha256(path), role)
+    origins = metadata.get("frozen", {}).values()
+    pipeline = next((o["pipeline"] for o in origins if "pipeline" in o), None)
+    return LoadedDenoiser(denoiser, str(path), _sha256(path), role, pipeline)
+
+
+def on_its_own(denoiser: Denoiser) -> Denoiser:
+    """A denoiser that holds its whole network: a LoRA's is merged with its base."""
+    return merged_denoiser(denoiser) if isinstance(denoiser, LoRADenoiser) else denoiser
 
 
 def untrained(metadata: dict[str, Any]) -> Denoiser:
@@ -138,12 +151,12 @@ def untrained(metadata: dict[str, Any]) -> Denoiser:
     if not is_lora_spec(spec):
         return Denoiser.from_spec(spec)
     origin = metadata["frozen"]["teacher"]
-    if "pipeline" in origin:
+    if origin["weights"] == "pipeline":
         pipeline = load_denoiser_of(origin["source"])
         found, sha256 = pipeline.denoiser, pipeline.sha256
     else:
         loaded = load_denoiser(origin["source"], origin["weights"])
-        found, sha256 = loaded.denoiser, loaded.sha256
+        found, sha256 = on_its_own(loaded.denoiser), loaded.sha256
     if sha256 != origin["sha256"]:
         raise FewstepError(
             f"'{origin['source']}' has changed since this LoRA was trained on it: its sha256 was "

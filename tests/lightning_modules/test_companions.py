@@ -80,6 +80,41 @@ def test_encoded_data_train_as_the_pictures_and_captions_they_were(
     assert torch.equal(again["sample"], batch["sample"]), "latents are not encoded again"
 
 
+def test_companions_compute_in_their_own_precision_within_autocast(folder: Path) -> None:
+    module = ConsistencyDistillation(str(folder), 50)
+    module.configure_model()
+    companions = module.companions
+    assert companions is not None
+    latents = torch.randn(2, *module.sample_shape)
+    shown = pixels(load_denoiser_of(folder).size[0])
+    batch = Captioned(shown).batch
+    plain = companions.decoded(latents), companions.encoded(batch, module.sample_shape, None)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = companions.decoded(latents), companions.encoded(batch, module.sample_shape, None)
+    assert torch.equal(mixed[0], plain[0])
+    assert torch.equal(mixed[1]["sample"], plain[1]["sample"])
+    name = "encoder_hidden_states"
+    assert torch.equal(mixed[1]["cond"][name], plain[1]["cond"][name])
+
+
+def test_what_is_loaded_makes_room_and_comes_back(folder: Path) -> None:
+    module = ConsistencyDistillation(str(folder), 50)
+    module.configure_model()
+    companions = module.companions
+    assert companions is not None
+    companions.release()
+    assert not {"text", "codec"} & set(vars(companions)), "it loaded what nobody needs"
+    latents = torch.randn(1, *module.sample_shape)
+    before = companions.decoded(latents)
+    moves: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(companions.codec, "to", moves.append)
+        patch.setattr(companions.text, "offload", lambda: moves.append("text"))
+        companions.release()
+    assert moves == ["text", "cpu"]
+    assert torch.equal(companions.decoded(latents), before)
+
+
 def test_what_samples_are_asked_for_changes_them(folder: Path) -> None:
     module = methods(folder)["lcm"]
     module.configure_model()

@@ -111,6 +111,26 @@ def test_a_saved_adapter_is_loaded_onto_its_base(folder: Path, tmp_path: Path) -
         assert not torch.equal(loaded(x, t, cond).x0, module.teacher(x, t, cond).x0)
 
 
+def test_a_lora_student_teaches_others(folder: Path, tmp_path: Path) -> None:
+    first = ConsistencyDistillation(source(folder), 50, lora=SMALL, ema_decay=0.9)
+    trainer = quiet_trainer(tmp_path, [], 2)
+    trainer.fit(first, pictures(), weights_only=True)
+    trainer.save_checkpoint(tmp_path / "first.ckpt")
+    second = PhasedConsistencyDistillation(str(tmp_path / "first.ckpt"), 2, 50, lora=SMALL)
+    quiet_trainer(tmp_path, [], 1).fit(second, pictures(), weights_only=True)
+    assert first.ema is not None
+    x, t = torch.randn(2, *first.sample_shape), torch.full((2,), 500.0)
+    cond = load_denoiser_of(folder).text.encode(PROMPTS[:2])
+    with torch.no_grad():
+        mine, expected = second.teacher(x, t, cond).x0, first.ema(x, t, cond).x0
+    torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+    assert second.companions is not None, "text encoders come with the first teacher"
+    trainer = quiet_trainer(tmp_path, [], 1)
+    trainer.fit(second, pictures(), weights_only=True)
+    trainer.save_checkpoint(tmp_path / "second.ckpt")
+    assert load_denoiser(tmp_path / "second.ckpt").pipeline == str(folder)
+
+
 def test_a_lora_run_resumes_exactly(folder: Path, tmp_path: Path) -> None:
     def fit(updates: int, resume: str | None = None) -> FewStepModule:
         torch.manual_seed(0)
