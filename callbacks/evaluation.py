@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.console import say
 from callbacks.generation import Cell, Scene
 from callbacks.matrix import Matrix
-from callbacks.reference_sets import Against, ReferenceSets
-from callbacks.results import Measurement, write_results
-from callbacks.together import on_each_machine, on_first_rank
-from fewstep.contracts import FewStepSampler
+from callbacks.reference_sets import Against, ReferenceSets, check_against
+from callbacks.results import Measurement, check_names, write_results
+from callbacks.together import on_each_machine, on_every_rank, on_first_rank
+from fewstep.contracts import FewStepSampler, FinishedSet
+from fewstep.errors import FewstepError
 from fewstep.metrics import Metric, ReferenceStore, share_features
 
 
@@ -44,6 +47,9 @@ class Evaluation(Callback):
         teacher_steps: sampling steps of the teacher where students are compared with it.
         references: folder of reference statistics, which are computed once for a data set,
             features and protocol; below FEWSTEP_CACHE by default.
+
+    Raises:
+        FewstepError: if two metrics give values of one name.
     """
 
     def __init__(
@@ -61,6 +67,7 @@ class Evaluation(Callback):
         teacher_steps: int = 50,
         references: str | None = None,
     ) -> None:
+        check_names(metrics)
         self.metrics = metrics
         self.num_steps = num_steps
         self.num_samples = num_samples
@@ -76,9 +83,19 @@ class Evaluation(Callback):
         )
         self.seconds = self._last_seconds = 0.0
         self._began = time.monotonic()
-        self._loaded = False
+        self._prepared = self._loaded = False
 
     # ------------------------------------------------------------------ when
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Finds out what would fail at the first evaluation, which may be days away.
+
+        Raises:
+            FewstepError: on all ranks, for weights, prompts, a reference, a role or a teacher that
+                are not there, and for fewer samples than a metric takes.
+        """
+        scene = Scene(trainer, pl_module, self.batch_size)
+        self._prepare(scene)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Starts the clock that the evaluation's share of the run is told by."""
@@ -114,7 +131,7 @@ class Evaluation(Callback):
         cost = {"seconds": round(self.seconds, 3)}
         if trainer.state.fn == "fit":
             cost["share_of_run"] = self.seconds / (time.monotonic() - self._began)
-        write_results(trainer, pl_module, found, cost)
+        on_first_rank(trainer, lambda: write_results(trainer, pl_module, found, cost))
 
     # ------------------------------------------------------------------ what
 
@@ -128,7 +145,7 @@ class Evaluation(Callback):
         """Measures all combinations of role, step count, seed and metric; a collective.
 
         Raises:
-            FewstepError: if weights of a feature network are missing, or samples are too few.
+            FewstepError: as :meth:`on_fit_start`, and if samples are not finite.
         """
         started = time.monotonic()
         sampler = cast(FewStepSampler, pl_module)
@@ -147,20 +164,75 @@ class Evaluation(Callback):
             found = matrix.measure(cells)
         finally:
             pl_module.train(was_training)
+        if trainer.state.fn == "fit":
+            self._make_room(pl_module)
         self._last_seconds = time.monotonic() - started
         self.seconds += self._last_seconds
         self._report(trainer, found)
         return found
 
-    def _load(self, scene: Scene) -> None:
-        """Loads the feature networks, once."""
-        if self._loaded:
+    def _check(self, scene: Scene) -> None:
+        """Looks for what an evaluation needs beside the networks of its metrics."""
+        _ = scene.data
+        for against in self.against:
+            check_against(scene, against)
+        known = scene.sampler.sampling_roles()
+        for role in self.roles or []:
+            if role not in known:
+                raise FewstepError(
+                    f"The Evaluation callback's `roles` has '{role}', which cannot sample in this "
+                    f"run; choose from {known}."
+                )
+        numbers = {"num_samples": self.num_samples}
+        if self.every_n_updates:
+            numbers["num_samples_in_training"] = self.num_samples_in_training
+        for option, number in numbers.items():
+            self._check_number(option, number)
+        demanding = [type(metric).__name__ for metric in self.metrics if metric.needs_prompts]
+        finished = isinstance(scene.module, FinishedSet)  # whose samples have their own prompts
+        if finished or not demanding:
             return
-        _ = scene.data  # complains before anything is loaded if there is no reference set
+        if scene.data.reference_conditions(range(1)).prompt is None:
+            raise FewstepError(
+                f"{' and '.join(demanding)} can only measure samples with prompts, and these data "
+                "have none. Take data with prompts, or leave it out of the Evaluation callback's "
+                "`metrics`."
+            )
+
+    def _check_number(self, option: str, number: int) -> None:
+        for metric in self.metrics:
+            try:
+                metric.check(number)
+            except FewstepError as error:
+                raise FewstepError(f"The Evaluation callback's {option}: {error}") from error
+
+    def _prepare(self, scene: Scene) -> None:
+        """Looks, once, for all that evaluations need; a collective."""
+        if self._prepared:
+            return
+        on_every_rank(scene.trainer, lambda: self._check(scene))
         for features in share_features(self.metrics):
             on_each_machine(scene.trainer, features.prepare)
-            features.load(scene.module.device)
+        self._prepared = True
+
+    def _load(self, scene: Scene) -> None:
+        """Loads the feature networks, or brings them back to the device."""
+        self._prepare(scene)
+        device = scene.module.device
+        for features in share_features(self.metrics):
+            place = features.to if self._loaded else features.load
+            on_every_rank(scene.trainer, partial(place, device))
         self._loaded = True
+
+    def _make_room(self, pl_module: pl.LightningModule) -> None:
+        """Takes what only evaluations use off the GPU, which training needs whole."""
+        for features in share_features(self.metrics) if self._loaded else []:
+            features.to(torch.device("cpu"))
+        companions = getattr(pl_module, "companions", None)  # of methods on pipelines
+        if companions is not None:
+            companions.release()
+        if pl_module.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _report(self, trainer: pl.Trainer, found: list[Measurement]) -> None:
         first_seed = [m for m in found if m.seed == found[0].seed]

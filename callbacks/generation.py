@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
 import torch
 from torch import Tensor
 
+from callbacks.preemption import leave_if_requested
+from callbacks.together import on_every_rank
 from fewstep.contracts import Batch, FewStepSampler, FinishedSet, ReferenceData
 from fewstep.errors import FewstepError
-from fewstep.metrics import Metric, Ranks, Samples, Statistics, collect, merged, numbers_of
+from fewstep.metrics import Collection, Metric, Ranks, Samples, Statistics, merged, numbers_of
 from fewstep.seeding import torch_generator
 
 
@@ -23,6 +26,10 @@ class Cell:
     role: str
     num_steps: int
     seed: int
+
+    def described(self) -> str:
+        """What its samples are called in messages."""
+        return f"samples of '{self.role}' at {self.num_steps} steps"
 
 
 def batches_of(
@@ -81,17 +88,33 @@ class Scene:
     def generated(self, cell: Cell, num_samples: int) -> Iterator[Samples]:
         """This rank's share of a cell's samples, decoded.
 
-        A sample's noise and condition are functions of (seed, its number) alone.
+        A sample's noise and condition are functions of (seed, its number) alone. All ranks step
+        through it together: a run that is asked to stop leaves before a batch, and a rank that
+        fails keeps step with the others to the end, where its error comes. Only where a sharded
+        network fails on one rank alone do the others wait within it.
+
+        Raises:
+            Preempted: on all ranks, if the run is asked to stop.
         """
         rank, world = self.trainer.global_rank, self.trainer.world_size
         if isinstance(self.module, FinishedSet):
             for batch in self.module.finished_batches(rank, world):
                 yield self._samples(batch["sample"], batch)
             return
+        failure: Exception | None = None
         for numbers, counts in batches_of(num_samples, self.batch_size, rank, world):
-            samples = self._batch(cell, numbers)
+            leave_if_requested(self.trainer)
+            if failure is not None:
+                continue
+            try:
+                samples = self._batch(cell, numbers)
+            except Exception as error:  # raised when the others are through
+                failure = error
+                continue
             if counts:
                 yield samples
+        if failure is not None:
+            raise failure
 
     def _batch(self, cell: Cell, numbers: Sequence[int]) -> Samples:
         sampler, device = self.sampler, self.module.device
@@ -110,21 +133,71 @@ class Scene:
                 cell.role,
                 conditions.prompt,
             )
+        with torch.no_grad():  # and without autocast, as records are decoded
             pixels = sampler.decode(x0)
         return Samples(pixels.float(), torch.tensor(numbers), conditions.prompt)
 
     def recorded(self) -> Iterator[Samples]:
-        """This rank's share of the data set, decoded."""
+        """This rank's share of the data set as pixels; only latents are decoded."""
         trainer: Any = self.trainer
         for batch in self.data.reference_batches(trainer.global_rank, trainer.world_size):
-            with torch.no_grad():
-                pixels = self.sampler.decode(batch["sample"].to(self.module.device))
+            pixels = batch["sample"].to(self.module.device)
+            if tuple(pixels.shape[1:]) == tuple(self.sampler.sample_shape):
+                with torch.no_grad():
+                    pixels = self.sampler.decode(pixels)
             yield self._samples(pixels, batch)
 
     def _samples(self, pixels: Tensor, batch: Batch) -> Samples:
         pixels = pixels.to(self.module.device).float()
         return Samples(pixels, numbers_of(batch["key"]), batch.get("prompt"))
 
-    def collected(self, metrics: Sequence[Metric], samples: Iterable[Samples]) -> list[Statistics]:
-        """Each metric's statistics of all ranks' samples; a collective."""
-        return merged(collect(metrics, samples), Ranks(self.module.device))
+    def collected(
+        self, metrics: Sequence[Metric], samples: Iterable[Samples], what: str
+    ) -> list[Statistics]:
+        """Each metric's statistics of all ranks' samples, complete on the first; a collective.
+
+        Args:
+            metrics: whose statistics.
+            samples: this rank's.
+            what: they are, for messages; such as ``samples of the student at 4 steps``.
+
+        Raises:
+            FewstepError: on all ranks, if any failed, or if samples are no numbers.
+        """
+        work = partial(_own_statistics, metrics, samples)
+        statistics, counts = on_every_rank(self.trainer, work)
+        ranks = Ranks(self.module.device)
+        bad, count = ranks.sum(torch.tensor(counts)).tolist()
+        if bad:
+            raise FewstepError(
+                f"{bad} of {count} {what} are not finite (NaN or infinite), so that nothing can be "
+                "measured. If they are a student's, it has diverged: go on from an earlier "
+                "checkpoint with a lower learning rate or clipped gradients; in half precision, "
+                "try float32."
+            )
+        return merged(statistics, ranks)
+
+
+def _own_statistics(
+    metrics: Sequence[Metric], samples: Iterable[Samples]
+) -> tuple[list[Statistics], tuple[int, int]]:
+    """This rank's statistics, and how many samples are not finite of how many.
+
+    Samples are taken to the end whatever happens, since other ranks may be making theirs too.
+    """
+    collection = Collection(metrics)
+    failure: Exception | None = None
+    count, unusable = 0, torch.zeros(())
+    for batch in samples:
+        try:
+            if failure is None:
+                # An infinite or NaN sample would pass for a black or white picture.
+                bad = ~batch.pixels.isfinite().flatten(1).all(1)
+                unusable = bad.sum() + unusable.to(bad.device)  # read when all is done
+                count += len(batch)
+                collection.update(batch)
+        except Exception as error:  # raised when the others are through
+            failure = error
+    if failure is not None:
+        raise failure
+    return collection.statistics, (int(unusable), count)

@@ -54,7 +54,7 @@ class Matrix:
                 leave_if_requested(self.scene.trainer)
                 bar.set_postfix_str(f"{cell.role}, {cell.num_steps} steps")
                 samples = _counted(self.scene.generated(cell, self.num_samples), bar)
-                statistics = self.scene.collected(self.metrics, samples)
+                statistics = self.scene.collected(self.metrics, samples, cell.described())
                 pairs[cell] = [statistics[n] for n in paired]
                 found += self._compared_with_sets(cell, statistics)
         if paired:
@@ -69,10 +69,12 @@ class Matrix:
             about = {"reference": self.references.describe(self.scene, against)}
             references = self.references.statistics(self.scene, against)
             for metric, own, reference in zip(self.metrics, statistics, references, strict=True):
+                first = against == self.against[0]
                 if metric.reference == "data":
                     suffix = "_to_teacher" if against == "teacher" else ""
-                    found += self._values(metric, own, reference, cell, suffix, about)
-                elif metric.reference == "none" and against == self.against[0]:
+                    values = self._values(metric, own, reference, cell, suffix, about)
+                    found += [m for m in values if first or m.metric not in metric.own_values]
+                elif metric.reference == "none" and first:
                     found += self._values(metric, own, None, cell, "", {})
         return found
 
@@ -87,7 +89,7 @@ class Matrix:
                 if other not in known:
                     most = max(metric.pairs for metric in metrics)
                     samples = self.scene.generated(other, min(most, self.num_samples))
-                    known[other] = self.scene.collected(metrics, samples)
+                    known[other] = self.scene.collected(metrics, samples, other.described())
                 about = {"pairs": {"role": other.role, "num_steps": other.num_steps}}
                 for metric, own, theirs in zip(metrics, statistics, known[other], strict=True):
                     found += self._values(metric, own, theirs, cell, suffix, about)
@@ -110,11 +112,13 @@ class Matrix:
         suffix: str,
         about: dict[str, Any],
     ) -> list[Measurement]:
-        """One metric's values, computed by the first rank."""
+        """One metric's values, computed by the first rank.
+
+        Those that the reference has no part in are not called by it.
+        """
         sampler = self.scene.sampler
         protocol = {
             **metric.protocol(),
-            **about,
             "sample_shape": list(sampler.sample_shape),
             "precision": str(self.scene.trainer.precision),
         }
@@ -122,7 +126,7 @@ class Matrix:
         in_pairs = metric.reference == "pairs"
         return [
             Measurement(
-                metric=f"{name}{suffix}",
+                metric=name if name in metric.own_values else f"{name}{suffix}",
                 value=value,
                 num_steps=cell.num_steps,
                 network_evaluations=sampler.sampling_evaluations(cell.num_steps, cell.role),
@@ -130,7 +134,7 @@ class Matrix:
                 role=cell.role,
                 num_samples=min(metric.pairs, self.num_samples) if in_pairs else self.num_samples,
                 seed=cell.seed,
-                protocol=protocol,
+                protocol=protocol if name in metric.own_values else {**protocol, **about},
                 better=metric.better[name],
             )
             for name, value in values.items()

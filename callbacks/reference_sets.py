@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from callbacks.generation import Cell, Scene
+from callbacks.preemption import leave_if_requested
 from callbacks.together import on_first_rank
 from fewstep.errors import FewstepError
 from fewstep.metrics import Metric, ReferenceStore, Samples, Statistics
@@ -42,7 +43,7 @@ class ReferenceSets:
         self._found: dict[Against, list[Statistics | None]] = {}
 
     def statistics(self, scene: Scene, against: Against) -> list[Statistics | None]:
-        """One entry a metric, on the first rank; None where it compares with nothing.
+        """One entry a metric, complete on the first rank; None where it compares with nothing.
 
         A collective.
         """
@@ -55,38 +56,40 @@ class ReferenceSets:
         compared = [metric.reference == "data" for metric in self.metrics]
         found: list[Statistics | None] = [None] * len(compared)
         first = scene.trainer.is_global_zero
-        if against == "data" and first:
-            found = [
-                self.store.load(metric, about) if is_compared else None
-                for metric, is_compared in zip(self.metrics, compared, strict=True)
-            ]
-        there = on_first_rank(scene.trainer, lambda: [one is not None for one in found])
+
+        def stored() -> list[bool]:
+            if against == "data":
+                found[:] = [
+                    self.store.load(metric, about) if is_compared else None
+                    for metric, is_compared in zip(self.metrics, compared, strict=True)
+                ]
+            return [one is not None for one in found]
+
+        there = on_first_rank(scene.trainer, stored)
         missing = [n for n, is_there in enumerate(there) if compared[n] and not is_there]
         if not missing:
             return found
-        samples = self._samples(scene, against)
-        fresh = scene.collected([self.metrics[n] for n in missing], samples)
+        leave_if_requested(scene.trainer)
+        chosen = [self.metrics[n] for n in missing]
+        fresh = scene.collected(chosen, *self._samples(scene, against))
         for number, new in zip(missing, fresh, strict=True):
             found[number] = new
             if against == "data" and first:
                 self.store.save(self.metrics[number], about, new)
+        leave_if_requested(scene.trainer)
         return found
 
-    def _samples(self, scene: Scene, against: Against) -> Iterator[Samples]:
-        """This rank's share of the reference set."""
+    def _samples(self, scene: Scene, against: Against) -> tuple[Iterator[Samples], str]:
+        """This rank's share of the reference set, and what it is called in messages."""
         if against == "data":
-            return scene.recorded()
-        if "teacher" not in scene.sampler.sampling_roles():
-            raise FewstepError(
-                f"{type(scene.module).__name__} has no teacher to compare with: take 'teacher' out "
-                "of the Evaluation callback's `against`."
-            )
+            return scene.recorded(), "records of the reference set"
+        check_against(scene, against)
         cell = Cell("teacher", self.teacher_steps, TEACHER_SEED)
-        return scene.generated(cell, self.teacher_samples)
+        return scene.generated(cell, self.teacher_samples), cell.described()
 
     def describe(self, scene: Scene, against: Against) -> dict[str, Any]:
-        """Which set it is, in plain values."""
-        data = scene.data.reference_protocol()
+        """Which set it is, in plain values; a collective."""
+        data = on_first_rank(scene.trainer, scene.data.reference_protocol)
         if against == "data":
             return data
         return {
@@ -96,3 +99,18 @@ class ReferenceSets:
             "num_samples": self.teacher_samples,
             "conditions_of": data,
         }
+
+
+def check_against(scene: Scene, against: Against) -> None:
+    """Makes sure that there is what samples are to be compared with.
+
+    Raises:
+        FewstepError: if it is the teacher and the method has none, or data without a reference.
+    """
+    if against == "data":
+        _ = scene.data
+    elif "teacher" not in scene.sampler.sampling_roles():
+        raise FewstepError(
+            f"{type(scene.module).__name__} has no teacher to compare with: take 'teacher' out "
+            "of the Evaluation callback's `against`."
+        )

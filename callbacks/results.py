@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,7 +16,7 @@ import torch
 from callbacks.disk import explained_when_full
 from fewstep import __version__
 from fewstep.errors import FewstepError
-from fewstep.metrics.base import Better
+from fewstep.metrics.base import Better, Metric
 
 FILE_NAME = "results.json"
 PACKAGES = ("torch", "lightning", "diffusers", "torchmetrics", "webdataset")
@@ -46,7 +47,27 @@ class Measurement:
 
     def key(self) -> tuple[Any, ...]:
         """What makes a later measurement replace an earlier one."""
-        return (self.metric, self.num_steps, self.role, self.num_samples, self.seed)
+        cell = (self.role, self.num_steps, self.guidance_scale, self.seed)
+        return (self.metric, *cell, self.num_samples)
+
+
+def check_names(metrics: Sequence[Metric]) -> None:
+    """Refuses metrics whose values could not be told apart.
+
+    Raises:
+        FewstepError: names them, and the value.
+    """
+    owners: dict[str, Metric] = {}
+    for metric in metrics:
+        for name in metric.better:
+            other = owners.setdefault(name, metric)
+            if other is not metric:
+                raise FewstepError(
+                    f"{type(other).__name__} and {type(metric).__name__} of the Evaluation "
+                    f"callback's `metrics` both give values called '{name}', of which results.json "
+                    "would keep one. Take one of the two out, or measure it in an evaluation of "
+                    "its own, with another --run.dir."
+                )
 
 
 def read_results(path: Path) -> dict[str, Any]:
@@ -59,10 +80,14 @@ def read_results(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text())
         return dict(content) | {"measurements": list(content["measurements"])}
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise FewstepError(
-            f"'{path}' is not a results file of fewstep ({error}). Delete it and run "
-            "`fewstep evaluate` again."
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> FewstepError:
+    return FewstepError(
+        f"'{path}' is not a results file of this version of fewstep ({error}). Delete it and run "
+        "`fewstep evaluate` again."
+    )
 
 
 def write_results(
@@ -73,12 +98,16 @@ def write_results(
 ) -> None:
     """Writes ``results.json`` into the run's folder; repeated measurements replace their like.
 
-    Measurements of other weights (another number of student updates) are dropped, not mixed in.
+    Measurements from another source are dropped, not mixed in: of other weights (another number of
+    student updates, or a checkpoint of another run), another pipeline or other finished samples.
 
     Args:
         trainer, pl_module: whose run, and method.
         found: the measurements.
         cost: seconds the evaluations took, and their share of the run.
+
+    Raises:
+        FewstepError: if there is a results file that cannot be read, as of another version.
     """
     if not trainer.is_global_zero:
         return
@@ -87,19 +116,17 @@ def write_results(
     loaded = getattr(pl_module, "loaded_metadata", None) if trainer.state.fn != "fit" else None
     record: dict[str, Any] = dict(loaded or {})
     updates = record.get("student_updates", trainer.global_step)
-    measurements = {m.key(): asdict(m) for m in found}
+    source = _source(trainer, pl_module, updates)
     path = folder / FILE_NAME
-    if path.exists():
-        earlier = read_results(path)
-        if earlier.get("student_updates") == updates:
-            for entry in earlier["measurements"]:
-                measurements.setdefault(Measurement(**entry).key(), entry)
+    earlier = _earlier(path, source) if path.exists() else []
+    measurements = {m.key(): asdict(m) for m in [*earlier, *found]}
     content = {
         "format": 1,
         "run": getattr(trainer, "run_name", folder.parent.name),
         "version": folder.name,
         "method": type(pl_module).__name__,
         "student_updates": updates,
+        "source": source,
         "training": record.get("training", getattr(pl_module, "training_cost", {})),
         "evaluation": cost,
         "environment": environment(),
@@ -112,6 +139,31 @@ def write_results(
         partial = path.with_suffix(".partial")
         partial.write_text(json.dumps(content, indent=1))
         partial.replace(path)
+
+
+def _source(trainer: pl.Trainer, pl_module: pl.LightningModule, updates: int) -> dict[str, Any]:
+    """Whose samples were measured, in plain values."""
+    stated = getattr(pl_module, "sample_source", None)  # what stands in for a method
+    if stated is not None:
+        return dict(stated())
+    source: dict[str, Any] = {"student_updates": updates}
+    loaded = getattr(trainer, "ckpt_path", None) if trainer.state.fn != "fit" else None
+    home = Path(trainer.default_root_dir).resolve()
+    if loaded is not None and home not in Path(loaded).resolve().parents:
+        source["checkpoint"] = str(Path(loaded).resolve())  # of another run than this folder's
+    return source
+
+
+def _earlier(path: Path, source: dict[str, Any]) -> list[Measurement]:
+    """What a results file has measured of the same source."""
+    content = read_results(path)
+    # Files without a source are older than it; they tell students apart by their updates alone.
+    if content.get("source", {"student_updates": content.get("student_updates")}) != source:
+        return []
+    try:
+        return [Measurement(**entry) for entry in content["measurements"]]
+    except TypeError as error:
+        raise _unreadable(path, error) from error
 
 
 def environment() -> dict[str, str]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections import OrderedDict
+from bisect import bisect_left
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -26,6 +28,7 @@ from datamodules.index import (
 from datamodules.sources import Sources
 
 READ_AT_ONCE = 16
+COARSE = 2.0  # seconds: how exactly the coarsest file systems keep a file's time
 PARALLEL_FROM = 200  # shards: below, starting processes takes longer than they save
 
 
@@ -37,12 +40,14 @@ class Catalogue:
         shards: addresses.
         files: the index of each, on this machine.
         sizes: number of records of each.
+        contents: a name for the contents of each, with its number of bytes.
         kept: how many indexes stay in memory.
     """
 
     shards: list[str]
     files: list[Path]
     sizes: list[int]
+    contents: list[str]
     kept: int = 64
     _open: OrderedDict[int, ShardIndex] = field(default_factory=OrderedDict, repr=False)
 
@@ -56,11 +61,47 @@ class Catalogue:
         return self._open[shard]
 
     def digest(self) -> str:
-        """A name for this set of records: of the shards' names and sizes."""
+        """A name for this set of records.
+
+        It covers, in order, each shard's name without its folder, its number of records and of
+        bytes, and its contents: names, sizes and samples of the bytes of all parts, as
+        :mod:`datamodules.contents` says. Of remote shards with side-car indexes that older versions
+        made, it covers names and sizes only.
+        """
         lines = [
-            f"{s.rsplit('/', 1)[-1]} {n}" for s, n in zip(self.shards, self.sizes, strict=True)
+            f"{name} {size} {contents}"
+            for name, size, contents in zip(self._bases(), self.sizes, self.contents, strict=True)
         ]
         return hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]
+
+    def names(self) -> list[str]:
+        """What to call each shard: its name without its folder, and its number if others share it.
+
+        The same wherever the data set lies.
+        """
+        bases = self._bases()
+        times = Counter(bases)
+        return [
+            base if times[base] == 1 else f"{number}:{base}" for number, base in enumerate(bases)
+        ]
+
+    def first(self, count: int) -> Catalogue:
+        """The first so many records, in order; all where they are fewer."""
+        ends = list(accumulate(self.sizes))
+        kept = bisect_left(ends, count) + 1  # shards
+        sizes = self.sizes[:kept]
+        sizes[-1] -= max(0, sum(sizes) - count)
+        return replace(
+            self,
+            shards=self.shards[:kept],
+            files=self.files[:kept],
+            sizes=sizes,
+            contents=self.contents[:kept],
+            _open=OrderedDict(),
+        )
+
+    def _bases(self) -> list[str]:
+        return [shard.rsplit("/", 1)[-1] for shard in self.shards]
 
     def __getstate__(self) -> dict[str, object]:
         return {**self.__dict__, "_open": OrderedDict()}  # workers read what they need themselves
@@ -96,10 +137,15 @@ def catalogue(
     entries = [entry for entry in found if entry is not None]
     assert len(entries) == len(shards)
     sizes = [about.records for _, about in entries]
-    return Catalogue(list(shards), [path for path, _ in entries], sizes)
+    contents = [f"{about.tar_bytes} {about.contents}" for _, about in entries]
+    return Catalogue(list(shards), [path for path, _ in entries], sizes, contents)
 
 
 def _find(sources: Sources, shard: str, shapes: bool) -> tuple[Path, Summary] | None:
+    """The current index of a shard, if there is one.
+
+    One of ours about a local shard has the shard's time of change, and is outdated with it.
+    """
     local = sources.is_local(shard)
     ours = partial(sources.own, shard, SUFFIX)
     beside = partial(sources.companion, shard, SUFFIX)
@@ -110,8 +156,15 @@ def _find(sources: Sources, shard: str, shapes: bool) -> tuple[Path, Summary] | 
             continue
         about = summary(path)
         current = not local or about.speaks_of(sources.local(shard))
-        if current and (about.has_shapes or not shapes):
+        if local and look is ours:
+            current = current and abs(_time(path) - _time(sources.local(shard))) < COARSE
+        if not current or (shapes and not about.has_shapes):
+            continue
+        if about.contents:
             return path, about
+        if not local:  # rather than fetch the shard for the sake of a name
+            ShardIndex.load(path).with_contents().save(ours())
+            return ours(), summary(ours())
     return None
 
 
@@ -132,4 +185,9 @@ def _make(
 
 def _make_one(sources: Sources, measure: Measure | None, max_member_bytes: int, shard: str) -> None:
     path = sources.local(shard)
-    scan(path, max_member_bytes, measure).save(sources.own(shard, SUFFIX))
+    time = _time(path)
+    scan(path, max_member_bytes, measure).save(sources.own(shard, SUFFIX), time)
+
+
+def _time(path: Path) -> float:
+    return path.stat().st_mtime

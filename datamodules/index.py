@@ -11,15 +11,17 @@ import json
 import os
 import tarfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from datamodules.contents import Contents
 from fewstep.errors import FewstepError
 
 SUFFIX = ".index"
@@ -59,6 +61,8 @@ class ShardIndex:
         offsets, sizes: ``(n, E)`` bytes; -1 where a record lacks the part.
         tar_bytes: size of the shard, by which an outdated index is noticed.
         shapes: ``(n, 2)`` height and width of each record's image, 0 where unknown; or None.
+        contents: name of what the shard holds (see :mod:`datamodules.contents`); empty in indexes
+            that older versions made.
     """
 
     keys: list[str]
@@ -67,6 +71,7 @@ class ShardIndex:
     sizes: npt.NDArray[np.int64]
     tar_bytes: int
     shapes: npt.NDArray[np.int32] | None = None
+    contents: str = ""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -85,8 +90,21 @@ class ShardIndex:
         name = f"{self.keys[row]}.{self.extensions[column]}"
         return name, int(self.offsets[row, column]), int(self.sizes[row, column])
 
-    def save(self, path: Path) -> None:
-        """Writes the index, all or nothing."""
+    def with_contents(self) -> ShardIndex:
+        """For an index that lacks it, whose shard is not at hand: the name of names and sizes."""
+        contents = Contents()
+        for number in range(len(self)):
+            for extension, (_, size) in self.record(number, "").parts.items():
+                contents.add(f"{self.keys[number]}.{extension}", size)
+        return replace(self, contents=contents.name())
+
+    def save(self, path: Path, time: float | None = None) -> None:
+        """Writes the index, all or nothing; several processes may do so at once.
+
+        Args:
+            path: of the file.
+            time: the file's time of change in seconds; now by default.
+        """
         names = [key.encode() for key in self.keys]
         arrays: dict[str, npt.NDArray[Any]] = {
             "keys": np.frombuffer(b"".join(names), dtype=np.uint8),
@@ -102,11 +120,14 @@ class ShardIndex:
             "records": len(self),
             "tar_bytes": self.tar_bytes,
             "last": self._last(),
+            "contents": self.contents,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
+        partial = path.with_name(f"{path.name}.partial-{uuid4().hex[:8]}")
         # In one entry: safetensors would write several in another order each time.
         save_file(arrays, partial, {ABOUT: json.dumps(about)})
+        if time is not None:
+            os.utime(partial, (time, time))
         partial.replace(path)
 
     @classmethod
@@ -128,6 +149,7 @@ class ShardIndex:
                 sizes=arrays["sizes"],
                 tar_bytes=metadata["tar_bytes"],
                 shapes=arrays.get("shapes"),
+                contents=metadata.get("contents", ""),
             )
         except (SafetensorError, KeyError, ValueError, OSError) as error:
             raise _damaged(path, error) from error
@@ -142,12 +164,14 @@ class Summary:
         tar_bytes: size of the shard.
         has_shapes: whether the index knows heights and widths.
         last: name, offset and size of the last member.
+        contents: name of what the shard holds; empty where an older version made the index.
     """
 
     records: int
     tar_bytes: int
     has_shapes: bool
     last: tuple[str, int, int]
+    contents: str = ""
 
     def speaks_of(self, shard: Path) -> bool:
         """Whether a local shard still ends as it did when it was indexed.
@@ -185,6 +209,7 @@ def summary(path: Path) -> Summary:
                 tar_bytes=metadata["tar_bytes"],
                 has_shapes="shapes" in file.keys(),  # noqa: SIM118 (it is no mapping)
                 last=tuple(metadata["last"]),
+                contents=metadata.get("contents", ""),
             )
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise _damaged(path, error) from error
@@ -226,7 +251,17 @@ def scan(
         sizes=np.ascontiguousarray(table[..., 1]),
         tar_bytes=shard.stat().st_size,
         shapes=None if measure is None else _shapes(shard, [p for _, p in found], measure),
+        contents=_contents(shard, found),
     )
+
+
+def _contents(shard: Path, records: list[tuple[str, dict[str, tuple[int, int]]]]) -> str:
+    contents = Contents()
+    with shard.open("rb") as file:
+        for key, parts in records:
+            for extension, (offset, size) in parts.items():
+                contents.add(f"{key}.{extension}", size, file.fileno(), offset)
+    return contents.name()
 
 
 def _members(shard: Path, max_member_bytes: int) -> Iterator[tuple[str, str, int, int]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections import OrderedDict
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -83,6 +84,15 @@ class ShardReader:
         self._files.move_to_end(shard)
         return self._files[shard]
 
+    def close(self) -> None:
+        """Closes the files; one that is read again is opened again."""
+        while self._files:
+            os.close(self._files.popitem()[1])
+
+    def __del__(self) -> None:
+        with suppress(AttributeError, TypeError, OSError):  # while the interpreter ends
+            self.close()
+
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_files": OrderedDict()}  # descriptors do not travel
 
@@ -96,6 +106,7 @@ class Records(Dataset[Batch]):
         sample: decodes the sample.
         conditions: decode the conditions, by name.
         seed: of augmentations; None asks for evaluation's fixed choices.
+        full_names: whether a batch's keys name the shard too, so that no two records share one.
     """
 
     def __init__(
@@ -105,6 +116,7 @@ class Records(Dataset[Batch]):
         sample: Field,
         conditions: dict[str, Field],
         seed: int | None = None,
+        full_names: bool = False,
     ) -> None:
         self.catalogue = catalogue
         self.sources = sources
@@ -112,6 +124,7 @@ class Records(Dataset[Batch]):
         self.conditions = conditions
         self.seed = seed
         self.reader = ShardReader(sources)
+        self._shard_names = catalogue.names() if full_names else None
 
     def __getitem__(self, plan: Plan) -> Batch:
         """Decodes the records of a plan; the damaged leave the batch and are named in it.
@@ -178,12 +191,15 @@ class Records(Dataset[Batch]):
         try:
             conditions = {name: part(using) for name, using in self.conditions.items()}
             value = None if field is None else part(field)
-            return Sample(value, conditions, record.key, notes)
+            return Sample(value, conditions, self._key(shard, record), notes)
         except FewstepError:
             raise  # about the machine or the shard, not about this record
         except Exception as error:
             reason = str(error).split("\n")[0] or type(error).__name__
             return Skipped(record.name, reason)
+
+    def _key(self, shard: int, record: Record) -> str:
+        return f"{self._shard_names[shard]}/{record.key}" if self._shard_names else record.key
 
     def _shapes(self, numbers: list[tuple[int, int]]) -> list[Shape] | None:
         found: list[Shape] = []

@@ -12,6 +12,8 @@ from datamodules.order import BucketsOf, EpochOrder, Integers, Layout
 from fewstep.errors import FewstepError
 
 Remainder = Literal["carry", "share", "drop"]
+# For data that are read once, whole: no setting of a user's.
+Once = Literal["repeat", "uneven"]
 
 
 class Plan(NamedTuple):
@@ -68,7 +70,10 @@ class Stream:
         remainder: what becomes of the records of an epoch that do not fill a batch on every rank.
             ``carry``: the batch is completed from the next epoch, and the stream never ends.
             ``share``: all ranks share them, as one shorter batch each (two where they are fewer
-            than ranks). ``drop``: they are left out, other ones in each epoch.
+            than ranks). ``drop``: they are left out, other ones in each epoch. ``repeat``: shared
+            too, and where they are too few for that, each rank gets one, and the first records of
+            the epoch stand in for those that are missing. ``uneven``: shared too, but where they
+            are fewer than ranks, some ranks get none and have one batch fewer, or no batch at all.
         shuffle: whether the order is permuted.
         buckets: see :class:`~datamodules.order.EpochOrder`.
         position: where to begin.
@@ -84,7 +89,7 @@ class Stream:
         world_size: int = 1,
         num_workers: int = 0,
         group_shards: int = 16,
-        remainder: Remainder = "carry",
+        remainder: Remainder | Once = "carry",
         shuffle: bool = True,
         buckets: BucketsOf | None = None,
         position: Callable[[], Position] = Position,
@@ -93,7 +98,7 @@ class Stream:
         self.sizes, self.total = sizes, int(sum(sizes))
         self.batch_size, self.seed = batch_size, seed
         self.rank, self.world_size = rank, world_size
-        self.remainder: Remainder = remainder
+        self.remainder: Remainder | Once = remainder
         self.layout = Layout(
             lanes=world_size * max(1, num_workers),
             chunk=batch_size,
@@ -125,16 +130,22 @@ class Stream:
             return [self.round_size] * whole
         if rest == 0:
             return [self.round_size] * whole
-        if rest >= self.world_size:
+        if rest >= self.world_size or self.remainder == "uneven":
             return [self.round_size] * whole + [rest]
         last = self.round_size + rest
-        if whole == 0 or last // 2 < self.world_size:
-            raise FewstepError(
-                f"{left} records cannot be shared by {self.world_size} ranks in batches of "
-                f"{self.batch_size} so that each gets equally many batches and none is empty. "
-                "Use fewer devices, a larger batch_size, or remainder: carry or drop."
-            )
-        return [self.round_size] * (whole - 1) + [last - last // 2, last // 2]
+        if whole and last // 2 >= self.world_size:
+            return [self.round_size] * (whole - 1) + [last - last // 2, last // 2]
+        if self.remainder == "repeat":
+            return [self.round_size] * whole + [self.world_size]
+        raise FewstepError(
+            f"{left} records cannot be shared by {self.world_size} ranks in batches of "
+            f"{self.batch_size} so that each gets equally many batches and none is empty. "
+            "Use fewer devices, a larger batch_size, or remainder: carry or drop."
+        )
+
+    def _part(self, size: int) -> tuple[int, int]:
+        """Which records of a round are this rank's: the first, and the one after the last."""
+        return size * self.rank // self.world_size, size * (self.rank + 1) // self.world_size
 
     def layout_of(self, position: Position, epoch: int) -> Layout:
         """An epoch goes on as it began; later ones have this run's own layout."""
@@ -166,7 +177,7 @@ class Stream:
         return self._endless(position) if self.remainder == "carry" else self._epoch(position)
 
     def __len__(self) -> int:
-        """Batches of an epoch.
+        """Batches of an epoch, this rank's.
 
         Raises:
             TypeError: for a stream that never ends, as ``len`` does for all that has none.
@@ -174,8 +185,13 @@ class Stream:
         if self.remainder == "carry":
             raise TypeError("an endless stream has no length")
         position = self.position()
-        left = position.batches + len(self._round_sizes(self.total - position.offset))
-        return max(left, len(self._round_sizes(self.total)))
+        left = position.batches + self._batches(self.total - position.offset)
+        return max(left, self._batches(self.total))
+
+    def _batches(self, left: int) -> int:
+        """How many batches this rank makes of so many records."""
+        parts = map(self._part, self._round_sizes(left))
+        return sum(first < last for first, last in parts)
 
     def _order(self, position: Position, epoch: int) -> EpochOrder:
         start = epoch * self.total if self.remainder == "carry" else 0
@@ -203,10 +219,11 @@ class Stream:
         order = self._order(position, position.epoch)
         place = position.offset
         for size in sizes:
-            first = place + size * self.rank // self.world_size
-            last = place + size * (self.rank + 1) // self.world_size
-            wanted = np.arange(first, last)
-            upcoming = order.upcoming(last - 1) if self.look_ahead else []
+            first, last = self._part(size)
+            wanted = (place + np.arange(first, last)) % self.total
+            place += size
+            if first == last:
+                continue
+            upcoming = order.upcoming(int(wanted[-1])) if self.look_ahead else []
             epochs = np.full(len(wanted), position.epoch)
             yield Plan(epochs, order.records(wanted), upcoming)
-            place += size

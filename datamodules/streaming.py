@@ -17,7 +17,7 @@ from datamodules.index import MAX_MEMBER_BYTES
 from datamodules.records import Records
 from datamodules.sources import Sources
 from datamodules.spread import spread
-from datamodules.stream import Position, Remainder, Stream
+from datamodules.stream import Once, Position, Remainder, Stream
 from datamodules.workers import Explained, end_when_unsent
 from fewstep.contracts import Batch, Conditions
 from fewstep.errors import FewstepError
@@ -112,6 +112,7 @@ class Shards(pl.LightningDataModule):
         self.damage = Damage(max_damaged)
         self._position = Position()
         self._batches_before = 0
+        self._lending: Records | None = None
 
     # ------------------------------------------------------------------ set up
 
@@ -166,12 +167,15 @@ class Shards(pl.LightningDataModule):
         if (seed, records) == (self.seed, self.train_catalogue.digest()):
             self._position = Position.restored(state)
         elif not self.restart_stream:
-            what = "seed" if seed != self.seed else "shards"
-            remedy = f"data.init_args.seed: {seed}" if seed != self.seed else "the same shards"
+            if seed != self.seed:
+                what, remedy = "another seed", f"Set data.init_args.seed: {seed}"
+            else:
+                what = "other shards, or other contents of them, or by an older fewstep"
+                remedy = "Use the shards it was read from"
             raise FewstepError(
-                f"The checkpoint's stream was read with other {what}: it cannot be continued. Set "
-                f"{remedy} to resume exactly, or data.init_args.restart_stream: true to begin a "
-                "new epoch from here."
+                f"The checkpoint's stream was read with {what}: it cannot be continued. {remedy} "
+                "to resume exactly, or set data.init_args.restart_stream: true to begin a new "
+                "epoch from here."
             )
 
     # ------------------------------------------------------------------ loaders
@@ -198,16 +202,26 @@ class Shards(pl.LightningDataModule):
         return self._loader(self.train_catalogue, self.stream(), self.seed)
 
     def val_dataloader(self) -> DataLoader[Any]:
-        """Every held-out record once."""
+        """Every held-out record, in equally many batches on all ranks, since they work together.
+
+        Each record comes once, unless the last round has too few for all ranks: then the first
+        ones come again, to fill it.
+        """
         assert self.trainer is not None
-        stream = self._once(self.val_catalogue, self.trainer.global_rank, self.trainer.world_size)
-        return self._loader(self.val_catalogue, stream)
+        rank, world = self.trainer.global_rank, self.trainer.world_size
+        return self._loader(
+            self.val_catalogue, self._once(self.val_catalogue, rank, world, "repeat")
+        )
 
     def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
-        """The training records once, in order: what Frechet distances compare with."""
+        """The training records once, in order: what Frechet distances compare with.
+
+        Keys name the shard too, since many data sets begin anew with them in every shard. Some
+        ranks may get one batch fewer than others, and none where records are fewer than ranks.
+        """
         self.setup()
-        once = self._once(self.train_catalogue, rank, world_size)
-        for batch in self._loader(self.train_catalogue, once):
+        once = self._once(self.train_catalogue, rank, world_size, "uneven")
+        for batch in self._loader(self.train_catalogue, once, full_names=True):
             yield self.on_after_batch_transfer(self.on_before_batch_transfer(batch, 0), 0)
 
     def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
@@ -219,8 +233,11 @@ class Shards(pl.LightningDataModule):
         places = np.array(spread(numbers, int(ends[-1])))
         shards = np.searchsorted(ends, places, side="right")
         rows = places - (ends - self.train_catalogue.sizes)[shards]
-        records = Records(self.train_catalogue, self.sources, self.sample, self.conditions)
-        return records.conditions_of(list(zip(shards.tolist(), rows.tolist(), strict=True)))
+        if self._lending is None:  # kept, and with it the shards' open files
+            self._lending = Records(
+                self.train_catalogue, self.sources, self.sample, self.conditions
+            )
+        return self._lending.conditions_of(list(zip(shards.tolist(), rows.tolist(), strict=True)))
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which records the reference holds."""
@@ -233,7 +250,7 @@ class Shards(pl.LightningDataModule):
             "sample": self.sample.describe(),
         }
 
-    def _once(self, of: Catalogue, rank: int, world_size: int) -> Stream:
+    def _once(self, of: Catalogue, rank: int, world_size: int, remainder: Once) -> Stream:
         """All records in a fixed order; the last batches are shorter, evenly so over the ranks."""
         return Stream(
             of.sizes,
@@ -242,14 +259,18 @@ class Shards(pl.LightningDataModule):
             rank,
             world_size,
             self.num_workers,
-            remainder="share",
+            remainder=remainder,
             shuffle=False,
         )
 
     def _loader(
-        self, of: Catalogue, stream: Stream, augmentations: int | None = None
+        self,
+        of: Catalogue,
+        stream: Stream,
+        augmentations: int | None = None,
+        full_names: bool = False,
     ) -> DataLoader[Any]:
-        records = Records(of, self.sources, self.sample, self.conditions, augmentations)
+        records = Records(of, self.sources, self.sample, self.conditions, augmentations, full_names)
         return Loader(
             records,
             sampler=stream,

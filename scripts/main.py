@@ -24,6 +24,7 @@ such as --trainer.max_steps 2000; --print_config shows all of them):
 other commands:
   suite      a matrix of experiments and seeds, here or on a cluster, that ends in a report
   report     one self-contained HTML page from any set of run folders
+  export     a student as a plain diffusers pipeline, with the scheduler that fits its training
   shards     make, index, encode and check the shards that training data streams from
   demo       a teacher, its few-step students and their report, on this machine
 
@@ -50,6 +51,10 @@ def run(arguments: list[str]) -> None:
         from scripts.report import main as report
 
         report(arguments[1:])
+    elif command == "export":
+        from scripts.export import main as export
+
+        export(arguments[1:])
     elif command == "shards":
         from scripts.shards import main as shards
 
@@ -67,7 +72,7 @@ def run(arguments: list[str]) -> None:
 
         demo(arguments[1:])
     else:
-        known = [*EXPERIMENT_COMMANDS, "report", "shards", "submit", "suite", "demo"]
+        known = [*EXPERIMENT_COMMANDS, "report", "export", "shards", "submit", "suite", "demo"]
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "
             f"Commands: {', '.join(known)}; `fewstep --help` tells more."

@@ -61,10 +61,17 @@ class FewstepTrainer(pl.Trainer):
         callback.roles = roles or callback.roles
         callback.seeds = seeds or callback.seeds
         callback.num_samples = num_samples or callback.num_samples
+        callback.references.teacher_samples = num_samples or callback.references.teacher_samples
+        if samples is not None or pipeline is not None:
+            callback.against = ["data"]  # what stands in for a method has no teacher
         method: pl.LightningModule = model
         if samples is not None:
             done = FinishedSamples(
-                Path(samples), datamodule, (steps or [0])[0], guidance or 1.0, num_samples
+                Path(samples),
+                datamodule,
+                (steps or [0])[0],
+                1.0 if guidance is None else guidance,
+                num_samples,
             )
             callback.num_samples, callback.roles = done.num_finished, [done.role]
             callback.num_steps, method = done.steps, done

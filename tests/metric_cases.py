@@ -73,7 +73,7 @@ def measured(
 
 def _rank_values(
     metric: Metric, generated: list[Samples], reference: list[Samples] | None
-) -> dict[str, float]:
+) -> dict[str, float] | None:
     ranks = Ranks()
 
     def mine(samples: list[Samples] | None) -> Statistics | None:
@@ -81,16 +81,18 @@ def _rank_values(
             return None
         return collect([metric], samples[ranks.rank :: ranks.size])[0].merged(ranks)
 
-    ours = mine(generated)
+    ours, theirs = mine(generated), mine(reference)
     assert ours is not None
-    return metric.compute(ours, mine(reference))
+    return metric.compute(ours, theirs) if ranks.rank == 0 else None
 
 
 def measured_by_ranks(
     metric: Metric, generated: list[Samples], reference: list[Samples] | None = None
 ) -> list[dict[str, float]]:
-    """What each of two ranks says that share the batches."""
-    return list(run_ranks(2, in_group, _rank_values, metric, generated, reference))
+    """What those of two ranks say that compute, the first alone; both share the batches."""
+    found = run_ranks(2, in_group, _rank_values, metric, generated, reference)
+    assert [values is None for values in found] == [False, True]
+    return [found[0]]
 
 
 def random_weights(network: torch.nn.Module, seed: int = 0, scale: float = 1.0) -> None:

@@ -10,7 +10,7 @@ from fewstep.metrics.base import (
 )
 from fewstep.metrics.clip import CLIPFeatures, CLIPFrechetDistance, CLIPScore, FrameConsistency
 from fewstep.metrics.clip_networks import ClipFrechetDistance, ClipNetwork
-from fewstep.metrics.collecting import collect, merged, share_features
+from fewstep.metrics.collecting import Collection, collect, merged, share_features
 from fewstep.metrics.digit_classifier import DigitClassifierFeatures
 from fewstep.metrics.dino import DINOv2Features, FDDINOv2
 from fewstep.metrics.fid import FID, SFID, FrameFID
@@ -40,6 +40,7 @@ __all__ = [
     "CLIPScore",
     "ClipFrechetDistance",
     "ClipNetwork",
+    "Collection",
     "Consistency",
     "DINOv2Features",
     "DigitClassifierFeatures",

@@ -86,9 +86,30 @@ class Features(ABC):
         """Equal for two that give the same features, so that one network serves both."""
         return id(self)
 
+    def to(self, device: torch.device) -> None:
+        """Moves the loaded network, so that it takes no GPU memory between evaluations.
+
+        This moves ``network``; features that hold theirs elsewhere override it.
+        """
+        network = getattr(self, "network", None)
+        if isinstance(network, torch.nn.Module):
+            network.to(device)
+        if hasattr(self, "device"):
+            self.device = device
+
 
 class Statistics(ABC):
-    """What a metric needs to know of one set of samples."""
+    """What a metric needs to know of one set of samples.
+
+    Attributes:
+        of_samples: whether they are of the samples alone, whatever features the metric has.
+    """
+
+    of_samples: ClassVar[bool] = False
+
+    def identity(self) -> Hashable:
+        """Equal for two that hold the same of the same features and samples."""
+        return self
 
     @abstractmethod
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
@@ -96,7 +117,10 @@ class Statistics(ABC):
 
     @abstractmethod
     def merged(self, ranks: Ranks) -> Self:
-        """Those of all ranks' samples together, the same on each; a collective."""
+        """Those of all ranks' samples together, a collective; complete on the first rank.
+
+        What others get is at most as much, and may be empty: only the first rank computes.
+        """
 
     @abstractmethod
     def tensors(self) -> dict[str, Tensor]:
@@ -115,13 +139,30 @@ class Metric(ABC):
         reference: what a set is compared with. ``data``: the data set, or the teacher's samples.
             ``pairs``: samples that other weights or step counts made of the same noise.
         pairs: how many pairs are compared, for a metric of pairs.
+        needs_prompts: whether samples must have prompts.
+        own_values: names of its values that the reference has no part in.
         better: the names of its values, and which way each is better.
     """
 
     features: Features | None = None
     reference: ClassVar[Reference] = "data"
     pairs: int = 256
+    needs_prompts: bool = False
+    own_values: frozenset[str] = frozenset()
     better: Mapping[str, Better]
+
+    def check(self, num_samples: int) -> None:  # noqa: B027 - most metrics take any number
+        """Complains before anything is sampled; called when a run starts.
+
+        Raises:
+            FewstepError: if so many generated samples are too few for the metric.
+        """
+
+    def statistics_identity(self) -> Hashable:
+        """Equal for metrics that need the same statistics, so that one serves both."""
+        own = self.statistics()
+        through = None if own.of_samples or self.features is None else self.features.identity()
+        return (own.identity(), through)
 
     @abstractmethod
     def statistics(self) -> Statistics:

@@ -136,6 +136,7 @@ class CLIPScore(Metric):
     """
 
     reference: ClassVar[Reference] = "none"
+    needs_prompts = True
 
     def __init__(self, features: CLIPFeatures | None = None) -> None:
         self.features: Features = features or CLIPFeatures()

@@ -92,6 +92,9 @@ class ShuffledStatistics(Statistics):
         self.plain = GaussianStatistics("features")
         self.shuffled = GaussianStatistics(SHUFFLED)
 
+    def identity(self) -> Hashable:
+        return type(self)
+
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
         self.plain.update(features, samples)
         self.shuffled.update(features, samples)

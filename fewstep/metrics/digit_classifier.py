@@ -21,7 +21,8 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.metrics.base import Features, Samples
+from fewstep.metrics.arithmetic import full_float32
+from fewstep.metrics.base import Features, Samples, to_uint8
 from fewstep.seeding import torch_generator
 
 logger = logging.getLogger(__name__)
@@ -91,7 +92,7 @@ def train_classifier(seed: int = 0) -> DigitClassifier:
 
 
 class DigitClassifierFeatures(Features):
-    """Penultimate features of the digit classifier.
+    """Penultimate features of the digit classifier, of pixels rounded to 8 bits.
 
     Args:
         cache: folder of the trained classifier; ``$FEWSTEP_CACHE`` or ``~/.cache/fewstep`` by
@@ -139,7 +140,14 @@ class DigitClassifierFeatures(Features):
     @torch.no_grad()
     def __call__(self, samples: Samples) -> dict[str, Tensor]:
         assert self.network is not None, "load() comes first"
-        return {"features": self.network.features(samples.pixels.float())}
+        pixels = to_uint8(samples.pixels).float() / 127.5 - 1
+        with full_float32(pixels.device):
+            return {"features": self.network.features(pixels)}
 
     def protocol(self) -> dict[str, Any]:
-        return {"name": self.name, "dimensions": NUM_FEATURES, "weights_sha256": self.sha256}
+        return {
+            "name": self.name,
+            "dimensions": NUM_FEATURES,
+            "weights_sha256": self.sha256,
+            "pixels": "8-bit",
+        }

@@ -6,7 +6,7 @@ It is an FID only over Inception features; over any others it is named by those.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from typing import Any, Self
 
 import torch
@@ -17,6 +17,8 @@ from fewstep.metrics.base import Better, Features, Metric, Samples, Statistics
 from fewstep.metrics.ranks import Ranks
 
 logger = logging.getLogger(__name__)
+
+ROWS_AT_ONCE = 512  # that are summed; products of few rows take their time for the D x D sum
 
 
 class GaussianStatistics(Statistics):
@@ -33,13 +35,26 @@ class GaussianStatistics(Statistics):
         self.count: Tensor | None = None
         self.total: Tensor | None = None
         self.outer: Tensor | None = None
+        self._waiting: list[Tensor] = []
+
+    def identity(self) -> Hashable:
+        return (type(self), self.output)
 
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
         self.add(features[self.output])
 
     def add(self, features: Tensor) -> None:
         """Adds features ``(B, ..., D)``."""
-        wide = features.detach().flatten(0, -2).double()
+        self._waiting.append(features.detach().flatten(0, -2))
+        if sum(map(len, self._waiting)) >= ROWS_AT_ONCE:
+            self._sum()
+
+    def _sum(self) -> None:
+        """Sums what waits."""
+        if not self._waiting:
+            return
+        wide = torch.cat(self._waiting).double()
+        self._waiting = []
         if self.count is None or self.total is None or self.outer is None:
             self.count = wide.new_zeros(())
             self.total = wide.new_zeros(wide.shape[1])
@@ -49,6 +64,7 @@ class GaussianStatistics(Statistics):
         self.outer.addmm_(wide.T, wide)
 
     def merged(self, ranks: Ranks) -> Self:
+        self._sum()
         found = type(self)(self.output)
         found.count = ranks.sum(self.count)
         found.total = ranks.sum(self.total)
@@ -56,11 +72,13 @@ class GaussianStatistics(Statistics):
         return found
 
     def tensors(self) -> dict[str, Tensor]:
+        self._sum()
         if self.count is None or self.total is None or self.outer is None:
             raise ValueError("There are no samples.")
         return {"count": self.count, "total": self.total, "outer": self.outer}
 
     def restore(self, tensors: Mapping[str, Tensor]) -> None:
+        self._waiting = []
         self.count, self.total, self.outer = (tensors[n] for n in ("count", "total", "outer"))
 
     def moments(self) -> tuple[Tensor, Tensor]:
@@ -69,6 +87,7 @@ class GaussianStatistics(Statistics):
         Raises:
             FewstepError: for fewer than two samples.
         """
+        self._sum()
         if self.count is None or self.count < 2:
             raise FewstepError("A Frechet distance needs at least two samples on either side.")
         count, total, outer = self.tensors().values()
@@ -140,6 +159,10 @@ class FrechetDistance(Metric):
 
     def statistics(self) -> GaussianStatistics:
         return GaussianStatistics(self.output)
+
+    def check(self, num_samples: int) -> None:
+        if num_samples < 2:
+            raise FewstepError(f"{self.name} needs at least two samples, not {num_samples}.")
 
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
         assert isinstance(generated, GaussianStatistics)

@@ -59,15 +59,22 @@ class InceptionScore(Metric):
     def statistics(self) -> Vectors:
         return Vectors([LOGITS])
 
+    def check(self, num_samples: int) -> None:
+        if num_samples < self.splits:
+            raise FewstepError(self._too_few(num_samples))
+
+    def _too_few(self, count: int) -> str:
+        return (
+            f"{self.name} takes at least one sample for each of its {self.splits} parts, but "
+            f"there are {count}. Measure more samples, or lower its 'splits'."
+        )
+
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
         assert isinstance(generated, Rows)
         logits = generated[LOGITS]
         count, classes = logits.shape
         if count < self.splits:
-            raise FewstepError(
-                f"{self.name} takes at least one sample for each of its {self.splits} parts, but "
-                f"there are {count}. Measure more samples, or lower its 'splits'."
-            )
+            raise FewstepError(self._too_few(count))
         if count < self.splits * classes:
             logger.warning(
                 "%s of %d samples: each of its %d parts has fewer than there are classes (%d), "

@@ -81,6 +81,13 @@ class KID(Metric):
     def statistics(self) -> Vectors:
         return Vectors(["features"], self.most)
 
+    def check(self, num_samples: int) -> None:
+        if num_samples < self.subset_size:
+            raise FewstepError(
+                f"{self.name} draws subsets of {self.subset_size} samples, but only {num_samples} "
+                "are to be generated. Measure more samples, or lower its 'subset_size'."
+            )
+
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
         assert isinstance(generated, Rows)
         assert isinstance(reference, Rows)

@@ -190,7 +190,12 @@ class LPIPSDiversity(Metric):
         self.num_pairs = num_pairs
         self.seed = seed
         self.name = "lpips_diversity" if among == "all" else f"lpips_diversity_{among}"
+        self.needs_prompts = among == "same_prompt"
         self.better: dict[str, Better] = {self.name: "higher"}
+
+    def check(self, num_samples: int) -> None:
+        if num_samples < 2:
+            raise FewstepError(f"{self.name} compares two samples; draw more than {num_samples}.")
 
     def statistics(self) -> Rows:
         if self.among == "all":

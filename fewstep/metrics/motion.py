@@ -59,6 +59,7 @@ class Motion(Metric):
 
     def __init__(self, name: str) -> None:
         self.name = name
+        self.own_values = frozenset({name})
         self.better: dict[str, Better] = {
             name: "higher",
             f"{name}_ratio": "higher",

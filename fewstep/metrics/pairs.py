@@ -25,6 +25,8 @@ PIXELS = "uint8"
 class PixelRows(Rows):
     """Images or videos themselves as 8-bit values, a bounded number of them."""
 
+    of_samples: ClassVar[bool] = True
+
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
         if samples.pixels.ndim < 4:
             raise FewstepError(

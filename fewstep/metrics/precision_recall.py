@@ -87,6 +87,14 @@ class PrecisionRecall(Metric):
     def statistics(self) -> Vectors:
         return Vectors(["features"], self.most)
 
+    def check(self, num_samples: int) -> None:
+        needed = max(self.k, self.density_k) + 1
+        if num_samples < needed:
+            raise FewstepError(
+                f"Precision and recall need at least {needed} samples, but only {num_samples} are "
+                "to be generated. Measure more, or lower 'k' and 'density_k'."
+            )
+
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
         assert isinstance(generated, Rows)
         assert isinstance(reference, Rows)

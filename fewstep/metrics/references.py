@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -54,11 +55,25 @@ class ReferenceStore:
         return statistics
 
     def save(self, metric: Metric, reference: dict[str, Any], statistics: Statistics) -> None:
-        """Stores statistics; the file appears under its name when it is whole."""
+        """Stores statistics; the file appears under its name when it is whole.
+
+        Where the folder cannot be written, nothing is lost but time: it warns and goes on.
+        """
         path = self.path(metric, reference)
-        path.parent.mkdir(parents=True, exist_ok=True)
         about = {"metric": metric.protocol(), "reference": reference}
         partial = path.with_suffix(f".partial-{os.getpid()}")
         tensors = {name: tensor.contiguous().cpu() for name, tensor in statistics.tensors().items()}
-        save_file(tensors, partial, {"about": json.dumps(about, default=str)})
-        partial.replace(path)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file(tensors, partial, {"about": json.dumps(about, default=str)})
+            partial.replace(path)
+        except (OSError, SafetensorError) as error:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            logger.warning(
+                "Statistics of the reference set cannot be kept as '%s' (%s); the next run "
+                "computes them anew. Make room there, or name another folder: the Evaluation "
+                "callback's `references`, or FEWSTEP_CACHE.",
+                path,
+                error,
+            )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Self
 
 import torch
@@ -31,6 +32,9 @@ class Rows(Statistics):
         self.most = most
         self._tables: dict[str, list[Tensor]] = {name: [] for name in (NUMBERS, *outputs)}
 
+    def identity(self) -> Hashable:
+        return (type(self), self.outputs, self.most)
+
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
         self._tables[NUMBERS].append(samples.numbers.cpu())
         for name in self.outputs:
@@ -51,9 +55,21 @@ class Rows(Statistics):
         return self.tensors()[output]
 
     def merged(self, ranks: Ranks) -> Self:
+        """All ranks' rows on the first rank; none elsewhere.
+
+        Ranks agree on the numbers first and send only rows that are among the smallest of all.
+        """
         mine = self.tensors() if len(self) else {}
+        numbers = mine[NUMBERS].tolist() if mine else []
+        kept = _kept(ranks.lists(numbers), self.most)[ranks.rank]
         found = type(self)(self.outputs, self.most)
-        found.restore({name: ranks.rows(mine.get(name)) for name in self._tables})
+        gathered: dict[str, Tensor] = {}
+        for name in self._tables:
+            whole = ranks.rows(mine[name][:kept] if mine else None)
+            if whole is not None:
+                gathered[name] = whole
+        if gathered:
+            found.restore(gathered)
         return found
 
     def tensors(self) -> dict[str, Tensor]:
@@ -67,6 +83,31 @@ class Rows(Statistics):
         self._sort()
 
     def _sort(self) -> None:
+        if self._is_sorted():
+            return
         whole = {name: torch.cat(pieces) for name, pieces in self._tables.items()}
         order = whole[NUMBERS].argsort(stable=True)[: self.most]
         self._tables = {name: [table[order]] for name, table in whole.items()}
+
+    def _is_sorted(self) -> bool:
+        """Whether the tables are whole, in order and short enough, and need not be copied."""
+        if len(self._tables[NUMBERS]) > 1 or (self.most is not None and len(self) > self.most):
+            return False
+        (numbers,) = self._tables[NUMBERS]
+        return bool((numbers[1:] >= numbers[:-1]).all())
+
+
+def _kept(numbers: Sequence[Sequence[int]], most: int | None) -> list[int]:
+    """How many rows of each rank are among the first ``most`` of all.
+
+    Args:
+        numbers: of each rank's rows, ascending.
+        most: rows to keep; None keeps all.
+    """
+    counts = [len(each) for each in numbers]
+    if most is None or sum(counts) <= most:
+        return counts
+    everyone = torch.tensor(list(itertools.chain(*numbers)))
+    ranks = torch.repeat_interleave(torch.tensor(counts))
+    chosen = ranks[everyone.argsort(stable=True)[:most]]
+    return torch.bincount(chosen, minlength=len(counts)).tolist()

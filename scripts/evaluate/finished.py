@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules import Mixed, Shards
+from datamodules.contents import name_of_files
 from datamodules.fields import Caption, Field, Images, Videos
 from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
@@ -27,7 +28,7 @@ class FinishedSamples(StandIn):
             and cropped alike.
         num_steps: steps the samples were made in, for the record; 0 is unknown.
         guidance: guidance scale they were made with, for the record.
-        most: how many to measure; all by default.
+        most: how many to measure, the first in order; all by default.
 
     Raises:
         FewstepError: if there are no samples, or the data hold no pixels.
@@ -53,13 +54,13 @@ class FinishedSamples(StandIn):
             raise FewstepError(f"There is no folder or shard '{path}' of samples.")
         self._shards: Shards | None = None
         self._files: _Files | None = None
+        self._path = path
         if path.is_file() or any(path.rglob("*.tar")):
-            self._shards = _as_shards(path, own)
-            count = sum(self._shards.train_catalogue.sizes)
+            self._shards = _as_shards(path, own, most)
+            self.num_finished = sum(self._shards.train_catalogue.sizes)
         else:
             self._files = _Files(path, own.sample, most)
-            count = len(self._files)
-        self.num_finished = count if most is None else min(count, most)
+            self.num_finished = len(self._files)
         self._batch_size, self._num_workers = own.batch_size, own.num_workers
         first = next(iter(self.finished_batches()))["sample"]
         self.sample_shape = tuple(first.shape[1:])
@@ -75,27 +76,54 @@ class FinishedSamples(StandIn):
             own, self._batch_size, num_workers=self._num_workers, collate_fn=self._files.collate
         )
 
+    def sample_source(self) -> dict[str, Any]:
+        """Where the samples are, how many files there are, and a name for what these hold."""
+        if self._shards is not None:
+            whole = self._shards.val_catalogue
+            files, contents = len(whole.shards), whole.digest()
+        else:
+            assert self._files is not None
+            found = self._files.found
+            files, contents = len(found), name_of_files(self._path, found)
+        return {"samples": str(self._path.resolve()), "files": files, "contents": contents}
 
-def _as_shards(path: Path, data: Shards) -> Shards:
+
+def _as_shards(path: Path, data: Shards, most: int | None) -> Shards:
+    """The shards, found and indexed as the experiment's own are.
+
+    Each rank does so by itself, before there are others to wait for; indexes take their places
+    whole, so that it does not matter who makes them.
+    """
     conditions: dict[str, Field] = {
         name: field for name, field in data.conditions.items() if isinstance(field, Caption)
     }
+    shards = [str(path)] if path.is_file() else sorted(map(str, path.rglob("*.tar")))
     found = Shards(
-        str(path),
-        str(path),
+        shards,
+        shards,
         batch_size=data.batch_size,
         sample=data.sample,
         conditions=conditions,
         num_workers=data.num_workers,
         max_damaged=0,
+        max_member_bytes=data.max_member_bytes,
     )
+    found.sources = data.sources  # with its cache and options
     found.prepare_data()
     found.setup()
+    if most is not None:
+        found.train_catalogue = found.train_catalogue.first(most)  # the other remains whole
     return found
 
 
 class _Files(Dataset[Batch]):
-    """Files of a folder that a field can decode, in the order of their names."""
+    """Files of a folder that a field can decode, in the order of their names.
+
+    Args:
+        folder: searched to any depth.
+        field: decodes them.
+        most: how many to use, of all that were found; None: every one.
+    """
 
     def __init__(self, folder: Path, field: Field, most: int | None) -> None:
         self.folder = folder
@@ -106,7 +134,7 @@ class _Files(Dataset[Batch]):
             raise FewstepError(
                 f"'{folder}' holds no {', '.join(sorted(field.keys))} files and no shards."
             )
-        self.files = found[:most]
+        self.found, self.files = found, found[:most]
 
     def __len__(self) -> int:
         return len(self.files)

@@ -14,7 +14,7 @@ class StandIn(pl.LightningModule):
     Args:
         role: what the samples are called in results.
         steps: sampling step counts.
-        guidance: guidance scale that results record; 1 is off.
+        guidance: guidance scale that results record; at most 1 is off.
     """
 
     def __init__(self, role: str, steps: list[int], guidance: float) -> None:
@@ -37,7 +37,7 @@ class StandIn(pl.LightningModule):
 
     def sampling_evaluations(self, num_steps: int, role: str | None = None) -> int:
         """Network evaluations a sample, guidance included."""
-        return num_steps * (1 if self.guidance == 1 else 2)
+        return num_steps * (2 if self.guidance > 1 else 1)
 
     def decode(self, x0: Tensor) -> Tensor:
         """Samples are pixels already."""
@@ -45,6 +45,13 @@ class StandIn(pl.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """There is no loss to validate."""
+
+    def sample_source(self) -> dict[str, Any]:
+        """Which samples these are, so that results of others are not mixed with theirs."""
+        raise NotImplementedError
+
+    def configure_model(self) -> None:
+        """There is nothing to shard; strategies that shard ask for this method."""
 
     def configure_optimizers(self) -> None:
         """There is nothing to train."""

@@ -277,6 +277,33 @@ def test_fewer_samples_than_a_metric_would_pair_are_all_paired(run: Run) -> None
     assert (entry["metric"], entry["num_samples"]) == ("distance_to_teacher", 30)
 
 
+class WithMean(SlicedWasserstein):
+    """A metric that also says something of the samples alone."""
+
+    own_values = frozenset({"mean"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.better = {"mean": "lower", **self.better}
+
+    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
+        assert isinstance(generated, Rows)
+        mean = float(generated["pixels"].mean())
+        return {"mean": mean, **super().compute(generated, reference)}
+
+
+def test_what_the_reference_has_no_part_in_is_said_once(run: Run) -> None:
+    options: dict[str, Any] = {"num_steps": [1], "num_samples": 50, "teacher_steps": 4}
+    trainer = run([Evaluation([WithMean()], against=["data", "teacher"], **options)])
+    path = Path(trainer.default_root_dir) / "results.json"
+    entries = {m["metric"]: m for m in read_results(path)["measurements"]}
+    assert set(entries) == {"mean", "sliced_wasserstein", "sliced_wasserstein_to_teacher"}
+    assert "reference" not in entries["mean"]["protocol"]
+    path.unlink()
+    run([Evaluation([WithMean()], against=["teacher"], **options)])
+    assert set(values(trainer)) == {("mean", 1), ("sliced_wasserstein_to_teacher", 1)}
+
+
 class Failing(SlicedWasserstein):
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
         raise FewstepError("too few samples")

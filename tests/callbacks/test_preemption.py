@@ -171,6 +171,36 @@ def test_a_final_evaluation_is_left_between_its_cells(tmp_path: Path) -> None:
     assert not (tmp_path / "results.json").exists(), "half an evaluation counts as none"
 
 
+class AskingWhileSampling(ConsistencyDistillation):
+    """A method that is asked to stop while it makes an evaluation's samples."""
+
+    batches = 0
+
+    def sample(self, *args: Any, **options: Any) -> Tensor:
+        self.batches += 1
+        if self.batches == 3:
+            Path(self.trainer.default_root_dir, "PREEMPT").touch()
+        return super().sample(*args, **options)
+
+
+def left_while_sampling(folder: Path, devices: int) -> tuple[int | str | None, int]:
+    """The status it was left with, and how many batches were made."""
+    evaluation = Evaluation([SlicedWasserstein()], [1], 64, batch_size=4)
+    callbacks = [evaluation, Checkpoints(1000), Preemption()]
+    trainer = quiet_trainer(folder, callbacks, 2, devices=devices, strategy="ddp")
+    module = AskingWhileSampling(ring_teacher, 50)
+    with pytest.raises(Preempted) as stopped:
+        trainer.fit(module, RingData(batch_size=32, reference_samples=64), weights_only=True)
+    assert not (folder / "results.json").exists()
+    return stopped.value.code, module.batches
+
+
+def test_an_evaluation_is_left_between_two_batches_of_a_cell(tmp_path: Path) -> None:
+    first, second = run_ranks(2, left_while_sampling, tmp_path, 2)
+    assert first == (75, 3)
+    assert second == (0, 3)
+
+
 def test_nothing_is_asked_where_no_run_is_watched(tmp_path: Path) -> None:
     (tmp_path / "PREEMPT").touch()
     trainer = pl.Trainer(

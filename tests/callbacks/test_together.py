@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
-from callbacks.together import on_each_machine, on_first_rank
+from callbacks.together import on_each_machine, on_every_rank, on_first_rank
 from fewstep.errors import FewstepError
 from lightning_modules.parallel import ReplicatedStrategy
 
@@ -49,9 +53,45 @@ def test_all_ranks_have_the_outcome_of_the_one_that_worked(
     assert [path.name for path in tmp_path.glob("done by *")] == ["done by 0"]
 
 
-def test_other_errors_are_left_as_they_are(tmp_path: Path) -> None:
+def fail(folder: Path, together: Callable[..., Any], rank: int) -> str:
+    """What a rank raises when another, or itself, runs out of memory."""
+    trainer = quiet_trainer(folder, [], 1, strategy=ReplicatedStrategy(), devices=2)
+    trainer.strategy.setup_environment()
+
     def work() -> None:
+        if dist.get_rank() == rank:
+            raise torch.OutOfMemoryError("tried to allocate 80 GiB")
+
+    try:
+        together(trainer, work)
+    except Exception as error:
+        dist.barrier()  # all ranks are out
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("together", "rank"),
+    [(on_first_rank, 0), (on_each_machine, 0), (on_every_rank, 0), (on_every_rank, 1)],
+)
+def test_any_error_ends_all_ranks_and_is_itself_where_it_arose(
+    tmp_path: Path, together: Callable[..., Any], rank: int
+) -> None:
+    found = run_ranks(2, fail, tmp_path, together, rank)
+    assert found[rank] == "OutOfMemoryError: tried to allocate 80 GiB"
+    assert found[1 - rank].startswith(f"FewstepError: Rank {rank} failed")
+    assert "OutOfMemoryError: tried to allocate 80 GiB" in found[1 - rank]
+
+
+def test_an_error_does_not_hold_what_filled_the_memory(tmp_path: Path) -> None:
+    filling: list[Any] = []
+
+    def work() -> None:
+        large = torch.zeros(1000)
+        filling.append(weakref.ref(large))
         raise KeyError("a mistake of ours")
 
-    with pytest.raises(KeyError):
+    with pytest.raises(KeyError) as caught:
         on_first_rank(quiet_trainer(tmp_path, [], 1), work)
+    assert caught.value.__traceback__ is not None
+    assert filling[0]() is None

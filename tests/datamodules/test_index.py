@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset as wds
+from safetensors import safe_open
+from safetensors.numpy import save_file
 
 from datamodules.catalogue import catalogue
 from datamodules.fields import image_shape
@@ -128,6 +132,90 @@ def test_a_damaged_index_says_so(tmp_path: Path, damage: bytes | None) -> None:
     file.write_bytes(file.read_bytes()[:-5] if damage is None else damage)
     with pytest.raises(FewstepError, match="delete it and it is made anew"):
         ShardIndex.load(file)
+
+
+def without_contents(path: Path) -> None:
+    """Turns an index into one that an older version made."""
+    with safe_open(path, framework="numpy") as file:
+        about = json.loads(file.metadata()["about"])
+        arrays = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    assert about.pop("contents")
+    save_file(arrays, path, {"about": json.dumps(about)})
+
+
+def test_an_older_index_of_a_local_shard_is_made_anew_once(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path / "shards", [3, 4])
+    sources = Sources(str(tmp_path / "cache"))
+    shards = sources.expand(str(folder))
+    for shard in shards:
+        scan(Path(shard)).save(Path(shard + SUFFIX))
+    digest = catalogue(sources, shards).digest()
+    for shard in shards:
+        without_contents(Path(shard + SUFFIX))
+    again = catalogue(sources, shards)
+    assert (again.digest(), again.sizes) == (digest, [3, 4])
+    assert all(tmp_path / "cache" in file.parents for file in again.files)
+    made = [file.stat().st_mtime_ns for file in again.files]
+    assert catalogue(sources, shards).digest() == digest
+    assert [file.stat().st_mtime_ns for file in again.files] == made
+
+
+def test_an_older_index_beside_a_remote_shard_is_completed_without_fetching_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_numbered(tmp_path, [3])
+    scan(tmp_path / "part-000.tar").save(tmp_path / "beside")
+    without_contents(tmp_path / "beside")
+    sources = Sources(str(tmp_path / "cache"))
+    monkeypatch.setattr(sources, "companion", lambda address, suffix: tmp_path / "beside")
+    shards = ["https://host/part-000.tar"]
+    found = catalogue(sources, shards)
+    assert found.sizes == [3]
+    assert found.contents[0].split()[1], "it has no name for the contents"
+    assert found.digest() == catalogue(sources, shards).digest()
+    (tmp_path / "beside").unlink()
+    assert catalogue(sources, shards).digest() == found.digest()
+
+
+@pytest.mark.parametrize(
+    ("part", "byte"), [("a.txt", 0), ("a.txt", 599), ("b.bin", 0), ("b.bin", 1500)]
+)
+def test_contents_of_the_same_size_have_other_names(tmp_path: Path, part: str, byte: int) -> None:
+    """In a small part, and at the beginning and in the middle of a large one."""
+    members = {"a.txt": bytes(600), "b.bin": bytes(3000)}
+    before = scan(write_tar(tmp_path / "a.tar", members))
+    changed = bytearray(members[part])
+    changed[byte] = 1
+    after = scan(write_tar(tmp_path / "b.tar", members | {part: bytes(changed)}))
+    assert after.contents != before.contents
+    assert (after.keys, after.tar_bytes) == (before.keys, before.tar_bytes)
+    assert scan(write_tar(tmp_path / "c.tar", members)).contents == before.contents
+
+
+def test_processes_may_make_one_index_at_once(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path / "shards", [40] * 6)
+    sources = Sources(str(tmp_path / "cache"))
+    shards = sources.expand(str(folder))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: catalogue(sources, shards).digest(), range(8)))
+    assert len(set(found)) == 1
+    assert len(list((tmp_path / "cache" / "own").iterdir())) == 6, "something was left behind"
+
+
+def test_the_first_records_of_a_catalogue_are_in_order(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path / "shards", [3, 4, 2])
+    sources = Sources(str(tmp_path / "cache"))
+    whole = catalogue(sources, sources.expand(str(folder)))
+    assert [whole.first(count).sizes for count in (1, 3, 4, 7, 9, 99)] == [
+        [1],
+        [3],
+        [3, 1],
+        [3, 4],
+        [3, 4, 2],
+        [3, 4, 2],
+    ]
+    assert whole.first(4).shards == whole.shards[:2]
+    assert whole.sizes == [3, 4, 2]
 
 
 def test_indexes_are_made_in_the_cache_and_side_cars_are_preferred(tmp_path: Path) -> None:

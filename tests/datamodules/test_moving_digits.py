@@ -50,3 +50,19 @@ def test_videos_and_crisp_images_come_in_one_stream(tmp_path: Path) -> None:
         ready = data.on_after_batch_transfer(data.on_before_batch_transfer(batch, 0), 0)
         shapes[ready["source"]] = tuple(ready["sample"].shape[1:])
     assert shapes == {"videos": (1, 16, 32, 32), "images": (1, 32, 32)}
+
+
+def test_other_clips_are_another_reference_though_names_and_counts_are_equal(
+    tmp_path: Path,
+) -> None:
+    made = [
+        moving(tmp_path, kind=kind, seed=seed)
+        for kind, seed in (("clear", 0), ("watermarked", 0), ("clear", 1))
+    ]
+    protocols = [data.reference_protocol() for data in made]
+    assert len({protocol["records_sha256"] for protocol in protocols}) == 3
+    assert all(
+        {**one, "records_sha256": ""} == {**protocols[0], "records_sha256": ""} for one in protocols
+    )
+    again = moving(tmp_path / "again", kind="clear", seed=0)
+    assert again.reference_protocol() == protocols[0]

@@ -76,6 +76,41 @@ def test_finite_epochs_hold_every_record_at_most_once_in_equally_many_batches(
     assert len(seen) == sum(sizes) - left_out
 
 
+@given(SIZES, BATCH, st.integers(1, 64), WORKERS)
+def test_ranks_read_everything_once_though_some_have_nothing_to_read(
+    sizes: list[int], batch: int, world: int, workers: int
+) -> None:
+    streams = ranks(sizes, batch, world, num_workers=workers, remainder="uneven", shuffle=False)
+    plans = [list(stream) for stream in streams]
+    assert [len(part) for part in plans] == [len(stream) for stream in streams]
+    assert max(map(len, plans)) - min(map(len, plans)) <= 1
+    assert all(1 <= len(plan.records) <= batch for part in plans for plan in part)
+    seen = addresses([plan for part in plans for plan in part])
+    assert sorted(seen) == epoch_of(sizes, 0)
+
+
+@given(SIZES, BATCH, st.integers(1, 64), WORKERS)
+def test_records_are_repeated_only_to_fill_the_last_round(
+    sizes: list[int], batch: int, world: int, workers: int
+) -> None:
+    streams = ranks(sizes, batch, world, num_workers=workers, remainder="repeat", shuffle=False)
+    plans = [list(stream) for stream in streams]
+    assert {len(part) for part in plans} == {len(streams[0])}
+    assert all(1 <= len(plan.records) <= batch for part in plans for plan in part)
+    seen = addresses([plan for part in plans for plan in part])
+    assert set(seen) == set(epoch_of(sizes, 0))
+    repeated = len(seen) - sum(sizes)
+    assert repeated < world
+    if repeated:
+        assert all(len(part[-1].records) == 1 for part in plans)
+
+
+def test_any_number_of_ranks_reads_single_records() -> None:
+    for remainder, batches in (("repeat", 16 * 64), ("uneven", 1000)):
+        streams = ranks([1000], 1, 64, remainder=remainder, shuffle=False)
+        assert sum(len(list(stream)) for stream in streams) == batches
+
+
 @given(SIZES, BATCH, RANKS, WORKERS, st.sampled_from(["carry", "drop"]))
 def test_same_seed_same_order_other_epoch_other_order(
     sizes: list[int], batch: int, world: int, workers: int, remainder: Remainder

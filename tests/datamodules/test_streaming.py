@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import json
+import os
 import pickle
 import tarfile
 from pathlib import Path
@@ -31,6 +33,8 @@ from shard_files import (
     write_tar,
 )
 
+KINDS = ("png", "cls")
+
 # ---------------------------------------------------------------------- what it yields
 
 
@@ -39,7 +43,7 @@ def test_digits_are_the_real_ones_whichever_library_reads_the_shards(tmp_path: P
     data.prepare_data()
     real = load_digits()
     mine = {
-        key: (image, int(label))
+        key.partition("/")[2]: (image, int(label))
         for batch in data.reference_batches()
         for key, image, label in zip(
             batch["key"], batch["sample"], batch["cond"]["class_labels"], strict=True
@@ -61,7 +65,8 @@ def test_held_out_digits_are_not_trained_on(tmp_path: Path) -> None:
     data.trainer = FakeTrainer()  # type: ignore[assignment]
     data.prepare_data()
     data.setup()
-    train, held_out = set(keys(list(data.reference_batches()))), set(keys(read(data)))
+    train = {key.partition("/")[2] for key in keys(list(data.reference_batches()))}
+    held_out = set(keys(read(data)))
     assert (len(train), len(held_out), len(train & held_out)) == (1617, 180, 0)
 
 
@@ -319,6 +324,13 @@ def test_another_seed_or_other_shards_cannot_be_continued_silently(folder: Path)
     write_numbered(folder, [5, 6])
     with pytest.raises(FewstepError, match=r"other shards.*restart_stream: true"):
         shards(folder, seed=1).load_state_dict(state)
+    write_numbered(folder, [5, 5])
+    shards(folder, seed=1).load_state_dict(state)
+    members = {f"1-{n:04d}.{e}": png(99) if e == "png" else b"7" for n in range(5) for e in KINDS}
+    os.utime(write_tar(folder / "part-001.tar", members), (0, 0))
+    with pytest.raises(FewstepError, match=r"other contents of them.*restart_stream: true"):
+        shards(folder, seed=1).load_state_dict(state)
+    write_numbered(folder, [5, 6])
     restarted = shards(folder, FakeTrainer(global_step=1), seed=1, restart_stream=True)
     restarted.load_state_dict(state)
     assert restarted.position().offset == 0
@@ -330,6 +342,15 @@ def test_all_ranks_validate_equally_many_batches_and_every_record_once(tmp_path:
     assert {len(part) for part in parts} == {3}
     seen = [key for part in parts for key in keys(part)]
     assert len(seen) == len(set(seen)) == 17
+
+
+def test_all_ranks_validate_in_step_however_few_records_there_are(tmp_path: Path) -> None:
+    folder = write_numbered(tmp_path, [2, 1])
+    parts = [read(shards(folder, FakeTrainer(rank, 8), batch_size=1)) for rank in range(8)]
+    assert [len(part) for part in parts] == [1] * 8
+    assert set(keys(parts[0] + parts[1] + parts[2])) == {"0-0000", "0-0001", "1-0000"}
+    loader = shards(folder, FakeTrainer(7, 8), batch_size=1).val_dataloader()
+    assert len(loader) == 1
 
 
 def test_the_reference_is_described_by_what_was_read(folder: Path) -> None:
@@ -355,6 +376,54 @@ def test_ranks_share_the_reference(tmp_path: Path) -> None:
     parts = [keys(list(shards(folder, batch_size=2).reference_batches(r, 3))) for r in range(3)]
     seen = [key for part in parts for key in part]
     assert len(seen) == len(set(seen)) == 17
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_ranks_share_a_reference_of_fewer_records_than_ranks(
+    tmp_path: Path, num_workers: int
+) -> None:
+    folder = write_numbered(tmp_path, [2, 1])
+    data = shards(folder, batch_size=1, num_workers=num_workers)
+    parts = [list(data.reference_batches(rank, 8)) for rank in range(8)]
+    assert sorted(len(part) for part in parts) == [0, 0, 0, 0, 0, 1, 1, 1]
+    assert len({key for part in parts for key in keys(part)}) == 3
+
+
+@pytest.mark.parametrize("folders", [["a"], ["a", "b"]])
+def test_no_two_reference_records_have_one_key(tmp_path: Path, folders: list[str]) -> None:
+    """In many data sets the keys begin anew in every shard, or the shards in every folder."""
+    members = {f"{n:04d}.{e}": png(n) if e == "png" else b"1" for n in range(5) for e in KINDS}
+    for folder in folders:
+        for shard in range(3):
+            write_tar(tmp_path / folder / f"{shard}.tar", members)
+    data = shards(
+        tmp_path, shards=[str(tmp_path / f) for f in folders], val_shards=str(tmp_path / "a")
+    )
+    found = keys(list(data.reference_batches()))
+    assert len(found) == len(set(found)) == 15 * len(folders)
+    assert found[0].endswith("0.tar/0000")
+    assert set(keys(read(data, "train", 3))) == {f"{n:04d}" for n in range(5)}
+
+
+def test_lending_conditions_again_and_again_opens_no_more_files(tmp_path: Path) -> None:
+    data = shards(write_numbered(tmp_path, [3] * 8))
+
+    def open_files() -> int:
+        return len(list(Path("/proc/self/fd").iterdir()))
+
+    gc.collect()
+    data.reference_conditions(range(24))
+    before = open_files()
+    for _ in range(50):
+        data.reference_conditions(range(24))
+    assert open_files() == before
+    reader = data._lending.reader  # type: ignore[union-attr]
+    reader.close()
+    assert open_files() == before - 8
+    assert len(data.reference_conditions(range(24)).cond["class_labels"]) == 24
+    del reader, data
+    gc.collect()
+    assert open_files() == before - 8
 
 
 def test_samples_get_the_conditions_of_records_from_all_over_the_shards(tmp_path: Path) -> None:

@@ -65,6 +65,15 @@ def test_features_are_what_the_classifier_decides_by(features: DigitClassifierFe
     assert torch.equal(logits.argmax(1), labels[:20])
 
 
+def test_it_looks_at_8_bit_values_in_full_precision(features: DigitClassifierFeatures) -> None:
+    images, _ = digit_classifier._digits()
+    found = features(numbered(images[:8]))["features"]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(features(numbered(images[:8] + 0.003))["features"], found)
+    assert not torch.equal(features(numbered(images[:8] + 0.005))["features"], found)
+    assert features.protocol()["pixels"] == "8-bit"
+
+
 def test_distances_see_wrong_digits_and_not_the_order(features: DigitClassifierFeatures) -> None:
     images, _ = digit_classifier._digits()
     metric = FrechetDistance(features)

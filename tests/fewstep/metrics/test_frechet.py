@@ -128,6 +128,19 @@ def test_ranks_together_say_what_one_process_says(rank_rows: int) -> None:
             torch.testing.assert_close(found[name], expected, rtol=1e-12, atol=1e-12)
 
 
+def test_small_batches_wait_until_their_sum_is_worth_its_time() -> None:
+    samples = randn(1200, 4)
+    found = statistics(*samples[:500].split(50))
+    assert found.count is None
+    for batch in samples[500:].split(50):
+        found.add(batch)
+    assert float(found.count or 0) == 550 + 550  # 100 wait
+    expected = samples.mean(0), samples.T.cov()
+    for moment, exact in zip(found.moments(), expected, strict=True):
+        torch.testing.assert_close(moment, exact, rtol=1e-10, atol=1e-12)
+    assert int(found.tensors()["count"]) == 1200
+
+
 def test_stored_statistics_are_the_same_again() -> None:
     samples = randn(50, 4)
     restored = GaussianStatistics()

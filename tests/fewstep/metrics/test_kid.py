@@ -82,6 +82,9 @@ def test_too_few_samples_are_an_error() -> None:
     metric = KID(Flat(), subset_size=51)
     with pytest.raises(FewstepError, match=r"subsets of 51 .* 50 generated .* 60 .*subset_size"):
         measured(metric, batches(GENERATED), batches(REAL))
+    metric.check(51)
+    with pytest.raises(FewstepError, match=r"subsets of 51 samples, but only 50"):
+        metric.check(50)
     with pytest.raises(FewstepError, match="subset_size"):
         KID(Flat(), subset_size=1)
 

@@ -40,6 +40,8 @@ def test_motion_is_compared_with_the_data_where_there_are_data() -> None:
     assert measured(metric, fast, slow)["motion_difference_ratio"] == pytest.approx(2)
     assert measured(metric, fast, slow)["motion_difference_error"] == pytest.approx(1)
     assert set(measured(metric, fast, slow)) == set(metric.better)
+    # Only the amount itself is the same whatever it is compared with.
+    assert metric.own_values == set(measured(metric, fast))
     with pytest.raises(FewstepError, match="do not move at all"):
         measured(metric, fast, batches(moving_square(3, 0)))
 

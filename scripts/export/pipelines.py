@@ -1,0 +1,131 @@
+"""Exporting students of diffusers pipelines: whole pipelines, or adapters beside a scheduler."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+import diffusers
+
+from fewstep.errors import FewstepError
+from fewstep.networks.families import Family
+from fewstep.networks.families.flux import PIPELINE_GUIDANCE
+from fewstep.networks.folders import find_folder, read_json, vae_factors, weights_hash
+from fewstep.networks.lora import LoRADenoiser
+from fewstep.networks.lora_files import save_adapter
+from fewstep.networks.pipelines import network_parts
+from scripts.export.calls import Call
+from scripts.export.folder import check_base, write_pipeline
+from scripts.export.matching import FrontEnd
+from scripts.export.snippets import pipeline_snippet
+from scripts.export.students import Exported, Request, Student, record_export
+
+
+def export_pipeline(request: Request, student: Student, folder: Path) -> Exported:
+    """Writes a pipeline's folder, or an adapter and a scheduler.
+
+    Raises:
+        FewstepError: if the base pipeline is missing or another architecture's, or diffusers
+            cannot sample as the student does.
+    """
+    denoiser, base = student.denoiser, base_pipeline(request, student.record)
+    family = check_base(base, denoiser)
+    match = student.match(FrontEnd.of(family.pipeline))
+    takes = set(inspect.signature(getattr(diffusers, family.pipeline).__call__).parameters)
+    shared = _guidance(family, student) | _size(base, family, denoiser.sample_shape)
+    shared = {name: value for name, value in shared.items() if name in takes}
+    calls = []
+    for chain in student.chains:
+        way = match.steering[chain.num_steps]
+        arguments = {"num_inference_steps": chain.num_steps, **shared, **way.arguments}
+        calls.append(Call(chain.num_steps, arguments, way.visit, chain.times.tolist()))
+    name, adapted = request.folder.name, ""
+    if isinstance(denoiser, LoRADenoiser):
+        name, adapted = str(request.pipeline or base), request.folder.name
+        save_adapter(denoiser, folder)
+        match.scheduler.save_pretrained(folder / "scheduler")
+    else:
+        write_pipeline(folder, base, family, denoiser, match.scheduler, request.half)
+    videos, scheduler = len(denoiser.sample_shape) == 4, type(match.scheduler).__name__
+    snippets = [pipeline_snippet(name, call, takes, videos, adapted, scheduler) for call in calls]
+    notes = _notes(student, base, family)
+    return record_export(request, student, folder, match, calls, snippets, notes)
+
+
+def base_pipeline(request: Request, record: dict[str, Any]) -> Path:
+    """The folder of the pipeline whose other parts go along.
+
+    Raises:
+        FewstepError: if the checkpoint names none, or it is not here.
+    """
+    if request.pipeline is not None:
+        return find_folder(request.pipeline)
+    origins = [origin.get("pipeline") for origin in record.get("frozen", {}).values()]
+    folder = next(filter(None, origins), None)
+    if folder is None:
+        raise FewstepError(
+            "The checkpoint does not say from which pipeline its teacher came; give it for its VAE "
+            "and text encoders: --pipeline FOLDER."
+        )
+    try:
+        return find_folder(folder)
+    except FewstepError as error:
+        raise FewstepError(
+            f"The base pipeline '{folder}', which the checkpoint names, is not here; give it: "
+            "--pipeline FOLDER."
+        ) from error
+
+
+def _guidance(family: Family, student: Student) -> dict[str, Any]:
+    """How a pipeline is told the guidance scale."""
+    guidance, embedded = student.guidance, student.embedded_guidance
+    if family.pipeline == "FluxPipeline":
+        # Its guidance_scale is the network's own input; guidance proper goes by another name.
+        given: dict[str, Any] = {"guidance_scale": PIPELINE_GUIDANCE}
+        proper = {"true_cfg_scale": guidance, "negative_prompt": ""}
+        return given if guidance == 1 else {**given, **proper}
+    if student.denoiser.backbone.guidance_input is None:
+        return {"guidance_scale": guidance}
+    if embedded is None or guidance != 1:
+        raise FewstepError(
+            "This student's network takes a guidance scale as input, and pipelines then switch "
+            "guidance itself off. It can be exported if it was trained with guidance_embedding: "
+            "true and samples with sampling_guidance: 1 (or --guidance 1)."
+        )
+    if "timestep_cond" not in inspect.getsource(getattr(diffusers, family.pipeline).__call__):
+        raise FewstepError(
+            f"This student takes a guidance scale as input (guidance_embedding), which "
+            f"{family.pipeline} does not give its network; train it without to export it."
+        )
+    return {"guidance_scale": embedded}
+
+
+def _size(base: Path, family: Family, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The size of the samples the student was trained on, as the pipeline takes it."""
+    time, space = vae_factors(read_json(base / "vae" / "config.json"))
+    found: dict[str, Any] = {"height": shape[-2] * space, "width": shape[-1] * space}
+    if len(shape) == 4:
+        found["num_frames"] = (shape[1] - 1) * time + 1
+    return {**found, "use_resolution_binning": False}
+
+
+def _notes(student: Student, base: Path, family: Family) -> list[str]:
+    """What is to be known of a pipeline, besides its call."""
+    notes = []
+    parameters = inspect.signature(getattr(diffusers, family.pipeline).__call__).parameters
+    draws = any(chain.renoise and chain.num_steps > 1 for chain in student.chains)
+    if draws and "eta" not in parameters:
+        notes.append(
+            f"{family.pipeline} does not hand its generator to the scheduler, so the fresh noise "
+            "of its steps comes from torch's global generator: seed it with torch.manual_seed."
+        )
+    teacher = student.record.get("frozen", {}).get("teacher", {})
+    if teacher.get("weights") == "pipeline" and teacher.get("sha256") != weights_hash(
+        base, network_parts(base, family)
+    ):
+        notes.append(
+            f"The network in the base pipeline '{base}' is not the teacher's (their hashes "
+            "differ); its VAE and text encoders may not be the ones trained with."
+        )
+    return notes

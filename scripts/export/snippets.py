@@ -1,0 +1,114 @@
+"""The lines of Python that sample from an export with diffusers alone."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from typing import Any
+
+from scripts.export.calls import Call
+
+VISIT = (
+    "set_timesteps = pipe.scheduler.set_timesteps",
+    "pipe.scheduler.set_timesteps = lambda n=None, device=None, sigmas=None, mu=None: (",
+    "    set_timesteps(device=device, {visit})",
+    ")",
+)
+
+
+def pipeline_snippet(
+    folder: str, call: Call, takes: set[str], videos: bool, adapter: str = "", scheduler: str = ""
+) -> str:
+    """A call of an exported pipeline.
+
+    Args:
+        folder: its path, as the reader will write it; that of the base where there is an adapter.
+        takes: the names of the arguments the pipeline takes.
+        videos: whether it makes videos.
+        adapter: folder of a LoRA adapter and its scheduler, if that is what was exported.
+        scheduler: the scheduler's class.
+    """
+    also = f", {scheduler}" if adapter else ""
+    put_on = [
+        f"pipe.load_lora_weights({_literal(adapter)})  # needs the peft package",
+        f"pipe.scheduler = {scheduler}.from_pretrained(",
+        f'    {_literal(adapter)}, subfolder="scheduler"',
+        ")",
+    ]
+    asked = {"prompt": "a photo of a cat"} if "prompt" in takes else {"class_labels": [207]}
+    given = [
+        f"    {name}={_literal(value)}," for name, value in {**asked, **call.arguments}.items()
+    ]
+    visit = [line.format(visit=_keywords(call.visit)) for line in VISIT if call.visit]
+    lines = [
+        "import torch",
+        f"from diffusers import DiffusionPipeline{also}",
+        "",
+        f"pipe = DiffusionPipeline.from_pretrained({_literal(folder)})",
+        *(put_on if adapter else []),
+        *visit,
+        "torch.manual_seed(0)",
+        "made = pipe(",
+        *given,
+        "    generator=torch.Generator().manual_seed(0),",
+        f").{'frames' if videos else 'images'}[0]",
+    ]
+    return "\n".join(lines)
+
+
+def transformer_snippet(
+    folder: str, call: Call, scheduler: Any, shape: tuple[int, ...], num_classes: int
+) -> str:
+    """Sampling, by hand, a class-conditional transformer that is no pipeline's.
+
+    Args:
+        folder: of ``transformer/`` and ``scheduler/``, as the reader will write it.
+        shape: of a sample, ``(C, H, W)``.
+        num_classes: number of classes; the label after the last means "no class".
+    """
+    name = type(scheduler).__name__
+    arguments = dict(call.arguments)
+    guidance = arguments.pop("guidance_scale")
+    step = {n: arguments.pop(n) for n in ("eta",) if n in arguments}
+    draws = "generator" in inspect.signature(scheduler.step).parameters
+    extra = "".join(f", {n}={v!r}" for n, v in step.items())
+    extra += ", generator=generator" if draws else ""
+    times = _keywords({n: v for n, v in arguments.items() if n != "num_inference_steps"})
+    load = f"from_pretrained({_literal(folder)}, subfolder="
+    output = [
+        "        output = network(x, timestep=t.expand(len(x)), class_labels=labels).sample",
+    ]
+    if guidance != 1:
+        output = [
+            f"        both = torch.cat([labels, torch.full_like(labels, {num_classes})])",
+            "        doubled = torch.cat([x, x])",
+            "        output = network(doubled, timestep=t.expand(len(both)), class_labels=both)",
+            "        given, null = output.sample.chunk(2)",
+            f"        output = null + {guidance!r} * (given - null)",
+        ]
+    lines = [
+        "import torch",
+        f"from diffusers import DiTTransformer2DModel, {name}",
+        "",
+        f'network = DiTTransformer2DModel.{load}"transformer")',
+        f'scheduler = {name}.{load}"scheduler")',
+        f"scheduler.set_timesteps({times or call.num_steps})",
+        f"labels = torch.arange({num_classes})",
+        "generator = torch.Generator().manual_seed(0)",
+        f"x = torch.randn(len(labels), {', '.join(map(str, shape))}, generator=generator)",
+        "with torch.no_grad():",
+        "    for t in scheduler.timesteps:",
+        *output,
+        f"        x = scheduler.step(output, t, x{extra}).prev_sample",
+        "images = x.clamp(-1, 1)  # pixels, -1 is black",
+    ]
+    return "\n".join(lines)
+
+
+def _literal(value: Any) -> str:
+    """A value as Python code, strings in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def _keywords(values: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value!r}" for name, value in values.items())
