@@ -10,7 +10,7 @@ demo: $(STAMP)  ## teacher, few-step students, report: runs/demo/report.html
 	$(BIN)/fewstep demo
 
 test: $(STAMP) lint  ## lint, types, import directions, tests
-	$(BIN)/pytest -m "not slow" --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --durations=10 -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## end-to-end checks that take minutes
 	$(BIN)/pytest -m slow --durations=0

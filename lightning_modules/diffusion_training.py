@@ -52,7 +52,8 @@ class DiffusionTraining(FewStepModule):
     ) -> None:
         super().__init__(**base)
         self.make_backbone = backbone
-        self.make_schedule = schedule
+        if schedule is not None:
+            self.schedule = schedule
         self.prediction_type: PredictionType = prediction_type
         self.cond_dropout = cond_dropout
         self.start = start
@@ -73,8 +74,7 @@ class DiffusionTraining(FewStepModule):
             self.prediction_type = self.student.prediction_type
         else:
             assert self.make_backbone is not None
-            assert self.make_schedule is not None
-            self.student = Denoiser(self.make_backbone(), self.make_schedule, self.prediction_type)
+            self.student = Denoiser(self.make_backbone(), self.schedule, self.prediction_type)
         self.schedule = self.student.schedule
 
     def draw(self, batch: Batch, generator: torch.Generator) -> DiffusionDraws:
