@@ -123,6 +123,7 @@ def test_variants_are_of_pcm_alone_and_the_first_has_the_details() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="compiles for a GPU")
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp2"])
 def test_bf16_and_compilation_are_measured_beside_a_loop_in_bf16(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], strategy: str
@@ -134,6 +135,7 @@ def test_bf16_and_compilation_are_measured_beside_a_loop_in_bf16(
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_two_ranks_measure_replicated_and_sharded_training(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
