@@ -276,11 +276,17 @@ class FewStepModule(OptimisedRoles):
         if self.companions is None:
             return batch
         world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
-        shape = (world * size, *self.sample_shape)
-        noise = torch.randn(shape, generator=self._generator(stream, number), device=self.device)
-        return self.companions.encoded(
-            batch, self.sample_shape, noise[rank * size : (rank + 1) * size]
-        )
+
+        def noise() -> Tensor:
+            everyones = (world * size, *self.sample_shape)
+            generator = self._generator(stream, number)
+            drawn = torch.randn(everyones, generator=generator, device=self.device)
+            return drawn[rank * size : (rank + 1) * size]
+
+        sample = self.companions.latents(batch["sample"], self.sample_shape, noise)
+        prompts, backbone = batch.get("prompt"), self.student.backbone
+        cond = self.companions.with_prompts(batch["cond"], prompts, backbone)
+        return {**batch, "sample": sample, "cond": cond}
 
     def _generator(self, stream: str, *counters: int) -> torch.Generator:
         """Random numbers that depend on (seed, stream, counters) alone, for exact resume."""
@@ -343,7 +349,7 @@ class FewStepModule(OptimisedRoles):
         if role not in roles:
             raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
         if prompt is not None and self.companions is not None:
-            cond = {**self.companions.conditions(prompt, noise.device), **(cond or {})}
+            cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
         denoiser = Guided(getattr(self, role), self.guidance_scale(role))
         if role == "teacher":
             return FewStepModule.sample_from(self, denoiser, noise, cond, num_steps, generator)

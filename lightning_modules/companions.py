@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fewstep.contracts import Batch
+from fewstep.diffusion.denoiser import Backbone
+from fewstep.errors import FewstepError
 from fewstep.networks.latents import LatentCodec
 from fewstep.networks.text import TextEncoding
 
@@ -52,25 +54,40 @@ class Companions:
         return {n: v.float() if v.is_floating_point() else v for n, v in found.items()}
 
     @torch.no_grad()
-    def encoded(self, batch: Batch, shape: tuple[int, ...], noise: Tensor | None) -> Batch:
-        """A batch with latents for pixels and embeddings for prompts; what is encoded stays.
+    def with_prompts(self, cond: Cond, prompts: list[str] | None, backbone: Backbone) -> Cond:
+        """Conditions with the prompts' embeddings; no encoder runs where the data had them."""
+        known = backbone.config.get("null", {})
+        if prompts is None or (known and all(name in cond for name in known)):
+            return cond
+        device = next(backbone.parameters()).device
+        return {**self.conditions(prompts, device), **cond}
+
+    @torch.no_grad()
+    def latents(
+        self, pixels: Tensor, shape: tuple[int, ...], noise: Callable[[], Tensor]
+    ) -> Tensor:
+        """Latents ``(B, *shape)`` of pixels in [-1, 1]; latents stay as they are.
 
         Args:
-            batch: of pixels in [-1, 1] or latents, with prompts or embeddings.
+            pixels: ``(B, 3, ...)``.
             shape: of one latent sample.
-            noise: ``(B, *shape)``, draws from the VAE's distribution; None takes its mean.
+            noise: makes ``(B, *shape)`` that draws from the VAE's distribution.
 
         Raises:
             FewstepError: if the pixels do not make latents of that shape.
         """
-        sample, cond = batch["sample"], batch["cond"]
-        if tuple(sample.shape[1:]) != shape:
-            with torch.autocast(sample.device.type, enabled=False):
-                mean, std = self.codec.to(sample.device).distribution(sample)
-            sample = mean if noise is None or std is None else mean + std * noise
-        if "prompt" in batch:
-            cond = {**self.conditions(batch["prompt"], sample.device), **cond}
-        return {**batch, "sample": sample, "cond": cond}
+        if tuple(pixels.shape[1:]) == shape:
+            return pixels
+        with torch.autocast(pixels.device.type, enabled=False):
+            mean, std = self.codec.to(pixels.device).distribution(pixels)
+        if tuple(mean.shape[1:]) != shape:
+            raise FewstepError(
+                f"Samples of shape {tuple(pixels.shape[1:])} make latents {tuple(mean.shape[1:])}, "
+                f"and the network takes {shape}. Give the data's `sample` the size (and frames) of "
+                "the teacher, or the teacher theirs: lightning_modules.Pretrained has `size` and "
+                "`frames`."
+            )
+        return mean if std is None else mean + std * noise()
 
     def decoded(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1] of latents ``(B, C, ...)``, a sample at a time.

@@ -18,6 +18,7 @@ from lightning_modules import (
     PhasedConsistencyDistillation,
     Pretrained,
 )
+from lightning_modules.companions import Companions
 from lightning_modules.roles import is_pipeline, load_teacher
 
 from captioned import PROMPTS, Captioned, trained
@@ -71,13 +72,29 @@ def test_encoded_data_train_as_the_pictures_and_captions_they_were(
     raw = ConsistencyDistillation(str(folder), 50)
     raw.configure_model()
     assert raw.companions is not None
-    noise = torch.zeros(4, *raw.sample_shape)
-    batch = raw.companions.encoded(Captioned(shown).batch, raw.sample_shape, noise)
-    assert torch.equal(batch["sample"], pipeline.latents.encode(shown))
+    shape, backbone = raw.sample_shape, raw.student.backbone
+
+    def noise() -> Tensor:
+        return torch.zeros(4, *shape)
+
+    latents = raw.companions.latents(shown, shape, noise)
+    assert torch.equal(latents, pipeline.latents.encode(shown))
+    cond = raw.companions.with_prompts({}, PROMPTS, backbone)
     expected = pipeline.text.encode(PROMPTS)["encoder_hidden_states"]
-    assert torch.equal(batch["cond"]["encoder_hidden_states"], expected)
-    again = raw.companions.encoded(batch, raw.sample_shape, noise)
-    assert torch.equal(again["sample"], batch["sample"]), "latents are not encoded again"
+    assert torch.equal(cond["encoder_hidden_states"], expected)
+    raw.companions.release()
+    again = Companions(folder, torch.float32, offload=False)
+    assert again.latents(latents, shape, noise) is latents
+    assert again.with_prompts(cond, PROMPTS, backbone) is cond
+    assert not {"text", "codec"} & set(vars(again)), "encoders were loaded for encoded data"
+
+
+def test_pixels_of_another_size_say_what_to_set(folder: Path) -> None:
+    module = ConsistencyDistillation(str(folder), 50)
+    module.configure_model()
+    assert module.companions is not None
+    with pytest.raises(FewstepError, match="Pretrained has `size`"):
+        module.companions.latents(pixels(64), module.sample_shape, Tensor)
 
 
 def test_companions_compute_in_their_own_precision_within_autocast(folder: Path) -> None:
@@ -87,14 +104,18 @@ def test_companions_compute_in_their_own_precision_within_autocast(folder: Path)
     assert companions is not None
     latents = torch.randn(2, *module.sample_shape)
     shown = pixels(load_denoiser_of(folder).size[0])
-    batch = Captioned(shown).batch
-    plain = companions.decoded(latents), companions.encoded(batch, module.sample_shape, None)
+
+    def computed() -> list[Tensor]:
+        encoded = companions.latents(
+            shown, module.sample_shape, lambda: torch.ones(4, *module.sample_shape)
+        )
+        text = companions.conditions(PROMPTS, encoded.device)["encoder_hidden_states"]
+        return [companions.decoded(latents), encoded, text]
+
+    plain = computed()
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = companions.decoded(latents), companions.encoded(batch, module.sample_shape, None)
-    assert torch.equal(mixed[0], plain[0])
-    assert torch.equal(mixed[1]["sample"], plain[1]["sample"])
-    name = "encoder_hidden_states"
-    assert torch.equal(mixed[1]["cond"][name], plain[1]["cond"][name])
+        mixed = computed()
+    assert all(torch.equal(*pair) for pair in zip(mixed, plain, strict=True))
 
 
 def test_what_is_loaded_makes_room_and_comes_back(folder: Path) -> None:
