@@ -1,5 +1,6 @@
 """Callbacks; they know a method only by ``sample`` and ``decode`` and so work with all of them."""
 
+from callbacks.alarms import Alarms
 from callbacks.checkpoints import Checkpoints
 from callbacks.console import Progress
 from callbacks.evaluation import Evaluation
@@ -9,6 +10,7 @@ from callbacks.samples import Samples
 from callbacks.throughput import Throughput
 
 __all__ = [
+    "Alarms",
     "Checkpoints",
     "Evaluation",
     "FiniteLosses",
