@@ -62,6 +62,11 @@ def hinge_generator(fake: Logits) -> Tensor:
     return _over_heads([F.relu(1 - _wide(f)).mean() for f in fake])
 
 
+def linear_generator(fake: Logits) -> Tensor:
+    """``-D(fake)`` averaged over heads: hinge's generator elsewhere (Lim & Ye 2017), and MCM's."""
+    return _over_heads([-_wide(f).mean() for f in fake])
+
+
 def non_saturating_discriminator(real: Logits, fake: Logits) -> Tensor:
     """``softplus(-D(real)) + softplus(D(fake))`` (Goodfellow et al. 2014); chance is ``2 ln 2``."""
     return _over_heads(
@@ -99,3 +104,26 @@ def approximated_gradient_penalty(clean: Logits, perturbed: Logits) -> Tensor:
     return _over_heads(
         [(_wide(c) - _wide(p)).square().mean() for c, p in zip(clean, perturbed, strict=True)]
     )
+
+
+def one_centred_penalty(features: Sequence[Tensor], logits: Logits) -> Tensor:
+    """``(|grad_f sum D(f)| - 1)^2``, averaged over samples: MCM's penalty on its discriminator.
+
+    The one-centred penalty of WGAN-GP (Gulrajani et al. 2017), with respect to features instead of
+    pixels; MCM's code calls it "R1", which it is not. The norm is joint over all levels of a
+    sample's features, and the logits are summed over all heads. Its gradient trains the heads, by
+    a second derivative through them.
+
+    MCM takes it at mixtures of real and fake images: ``torch.lerp(real, fake, u)`` of images as the
+    frozen network takes them, whose features are then made leaves.
+
+    Args:
+        features: one level each, ``(B, ...)``; leaves that require gradient.
+        logits: the discriminator's scores of them, one tensor a head, ``(B, ...)``.
+    """
+    total = torch.stack([_wide(scores).sum() for scores in logits]).sum()
+    gradients = torch.autograd.grad(total, list(features), create_graph=True)
+    # Norms of norms, whose derivative at zero is zero where that of a square root is not a number.
+    levels = [torch.linalg.vector_norm(_wide(g).flatten(1), dim=1) for g in gradients]
+    norm = torch.linalg.vector_norm(torch.stack(levels), dim=0)
+    return (norm - 1).square().mean()

@@ -15,6 +15,7 @@ from fewstep.diffusion.losses import (
     mse,
     non_saturating_discriminator,
     non_saturating_generator,
+    one_centred_penalty,
     pseudo_huber,
     relativistic_discriminator,
     relativistic_generator,
@@ -209,3 +210,52 @@ def test_half_precision_differences_are_computed_in_float32(
 def test_a_missing_head_is_an_error(loss: Callable[[list[Tensor], list[Tensor]], Tensor]) -> None:
     with pytest.raises(ValueError, match=r"shorter|longer"):
         loss(heads(0), heads(1)[:1])
+
+
+def test_mcms_wgan_loss_is_the_hinge_loss_less_two() -> None:
+    real, fake = ([2 * x for x in heads(seed)] for seed in (0, 1))
+    released = torch.stack(
+        [
+            (-r).clamp_min(-1).mean() + f.clamp_min(-1).mean()
+            for r, f in zip(real, fake, strict=True)
+        ]
+    ).mean()
+    hinge = float(hinge_discriminator(real, fake))
+    assert hinge - float(released) == pytest.approx(2, abs=1e-14)
+
+
+def test_the_one_centred_penalty_of_a_linear_score_is_closed() -> None:
+    slopes = [randn(3, 4), randn(5, 2, seed=1)]
+    features = [randn(6, *a.shape, seed=2).requires_grad_() for a in slopes]
+    logits = [(a * f).sum(2) for a, f in zip(slopes, features, strict=True)]
+    norm = torch.cat([a.flatten() for a in slopes]).norm()  # joint over levels
+    expected = float((norm - 1) ** 2)
+    assert float(one_centred_penalty(features, logits)) == pytest.approx(expected)
+    assert float(one_centred_penalty(features, [torch.cat(logits, 1)])) == pytest.approx(expected)
+
+
+def test_the_one_centred_penalty_is_a_mean_over_samples() -> None:
+    features = [randn(4, 7).requires_grad_()]
+    scale = torch.tensor([0.5, 1.0, 2.0, 3.0], dtype=torch.float64)
+    direction = torch.nn.functional.normalize(randn(7, seed=1), dim=0)
+    penalty = one_centred_penalty(features, [scale * (features[0] @ direction)])
+    assert float(penalty) == pytest.approx(float((scale - 1).square().mean()))
+
+
+def test_the_one_centred_penalty_has_the_gradient_of_its_formula() -> None:
+    slope = randn(7).requires_grad_()
+    features = [randn(3, 7, seed=1).requires_grad_()]
+    one_centred_penalty(features, [features[0] @ slope]).backward()
+    norm = slope.detach().norm()
+    assert slope.grad is not None
+    torch.testing.assert_close(slope.grad, 2 * (norm - 1) * slope.detach() / norm)
+
+
+def test_a_flat_score_has_a_penalty_of_one_and_no_gradient_that_is_not_a_number() -> None:
+    slope = torch.zeros(7, requires_grad=True)
+    features = [randn(3, 7).float().requires_grad_(), randn(3, 7).float().requires_grad_()]
+    penalty = one_centred_penalty(features, [f @ slope for f in features])
+    penalty.backward()
+    assert penalty == 1
+    assert slope.grad is not None
+    assert torch.equal(slope.grad, torch.zeros(7))
