@@ -14,6 +14,8 @@ from itertools import accumulate
 from multiprocessing import get_context
 from pathlib import Path
 
+import numpy as np
+import numpy.typing as npt
 from tqdm import tqdm
 
 from datamodules.index import (
@@ -59,6 +61,12 @@ class Catalogue:
                 self._open.popitem(last=False)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+    def at(self, places: npt.ArrayLike) -> npt.NDArray[np.int64]:
+        """The records at places ``(N,)`` in the whole: ``(N, 2)`` of shard and number in it."""
+        ends = np.cumsum(self.sizes)
+        shards = np.searchsorted(ends, places, side="right")
+        return np.stack([shards, np.asarray(places) - (ends - self.sizes)[shards]], axis=-1)
 
     def digest(self) -> str:
         """A name for this set of records.

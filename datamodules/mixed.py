@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import lightning.pytorch as pl
 from torch.utils.data import DataLoader
 
+from datamodules.several import Several
 from datamodules.streaming import Shards
-from fewstep.contracts import Batch, Conditions
+from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
 
 
@@ -73,7 +73,7 @@ class _OneAfterAnother:
             yield from (named(batch, name) for batch in loader)
 
 
-class Mixed(pl.LightningDataModule):
+class Mixed(Several):
     """Batches of several data sets, such as images and videos, in one stream.
 
     A batch is of one source, which it names in ``source``, and all ranks have the same source at
@@ -94,7 +94,6 @@ class Mixed(pl.LightningDataModule):
         weights: dict[str, float],
         reference: str | None = None,
     ) -> None:
-        super().__init__()
         if set(sources) != set(weights) or not sources:
             raise FewstepError(
                 f"data.init_args.weights must name the same data sets as sources: "
@@ -102,31 +101,19 @@ class Mixed(pl.LightningDataModule):
             )
         if min(weights.values()) <= 0:
             raise FewstepError("data.init_args.weights must be positive; leave out the other sets.")
-        ending = [name for name, source in sources.items() if source.remainder != "carry"]
-        if ending:
-            raise FewstepError(f"Set remainder: carry in {ending}: a mixed stream is endless.")
-        if reference is not None and reference not in sources:
-            raise FewstepError(f"data.init_args.reference must be one of {sorted(sources)}.")
+        super().__init__(sources, reference)
         self.names = list(sources)
-        self.sources = sources
         self.weights = [weights[name] for name in self.names]
-        self.reference = sources[reference or self.names[0]]
         self._counts = [0] * len(self.names)
         self._counted_at = 0
 
     # ------------------------------------------------------------------ set up
 
-    def prepare_data(self) -> None:
-        """Prepares each source."""
-        for source in self.sources.values():
-            source.prepare_data()
-
     def setup(self, stage: str | None = None) -> None:
         """Sets each source up, and has it count its own batches only."""
         for number, source in enumerate(self.sources.values()):
-            source.trainer = self.trainer
             source.batches_consumed = self._counter(number)  # type: ignore[method-assign]
-            source.setup(stage)
+        super().setup(stage)
 
     def _counter(self, number: int) -> Any:
         return lambda: self.consumed()[number]
@@ -153,7 +140,7 @@ class Mixed(pl.LightningDataModule):
         return {
             "counts": dict(zip(self.names, self.consumed(), strict=True)),
             "updates": self.trainer.global_step,
-            "sources": {name: source.state_dict() for name, source in self.sources.items()},
+            **super().state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -170,8 +157,7 @@ class Mixed(pl.LightningDataModule):
             )
         self._counts = [counts[name] for name in self.names]
         self._counted_at = state_dict["updates"]
-        for name, source in self.sources.items():
-            source.load_state_dict(state_dict["sources"][name])
+        super().load_state_dict(state_dict)
 
     # ------------------------------------------------------------------ loaders
 
@@ -182,18 +168,6 @@ class Mixed(pl.LightningDataModule):
     def val_dataloader(self) -> Iterable[Batch]:
         """The sources' held-out batches, one source after another."""
         return _OneAfterAnother(self, [source.val_dataloader() for source in self.sources.values()])
-
-    def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
-        """The reference source's records."""
-        return self.reference.reference_batches(rank, world_size)
-
-    def reference_conditions(self, numbers: Sequence[int]) -> Conditions:
-        """Those of the reference source's records."""
-        return self.reference.reference_conditions(numbers)
-
-    def reference_protocol(self) -> dict[str, Any]:
-        """Which records those are."""
-        return self.reference.reference_protocol()
 
     # ------------------------------------------------------------------ batches
 

@@ -30,14 +30,12 @@ from datamodules.digits import NUM_HELD_OUT, SPLIT_SEED
 from datamodules.index import SUFFIX, scan
 from datamodules.video_files import pyav
 from fewstep.errors import FewstepError
+from fewstep.watermark import watermark
 
 Kind = Literal["clear", "watermarked", "crisp"]
 Split = Literal["train", "val"]
 Floats = npt.NDArray[np.float64]
 
-BLUR = 1.0  # standard deviation in pixels
-MARK_OPACITY = 0.4
-MARK_STRIPES = 4  # that a frame's side would hold
 CRF = 10  # x264's quality: the mean error is under one of the 255 grey levels
 KEYFRAME_EVERY = 8
 
@@ -51,16 +49,20 @@ class Scene:
         size: side in pixels, an even number of at least 16.
         fps: frames a second that the files state.
         max_digits: a clip has one digit to this many.
+        blur: standard deviation, in pixels, of the blur of ``watermarked`` clips.
     """
 
     num_frames: int = 16
     size: int = 32
     fps: int = 8
     max_digits: int = 2
+    blur: float = 1.0
 
     def __post_init__(self) -> None:
         if min(self.num_frames, self.fps, self.max_digits) < 1:
             raise FewstepError("A scene needs num_frames, fps and max_digits of at least 1.")
+        if self.blur <= 0:
+            raise FewstepError(f"A scene's blur must be positive, not {self.blur}.")
         if self.size < 16 or self.size % 2:
             raise FewstepError(f"A scene's size must be even and at least 16, not {self.size}.")
 
@@ -117,25 +119,13 @@ def moving_clip(
         frames = np.maximum(frames, drawn)
     if kind == "watermarked":
         opacity = watermark(scene.size)
-        frames = _blurred(frames) * (1 - opacity) + opacity
+        frames = _blurred(frames, scene.blur) * (1 - opacity) + opacity
     return Clip(
         frames=np.round(np.clip(frames, 0, 1) * 255).astype(np.uint8),
         classes=tuple(int(label) for label in labels[chosen]),
         velocities=velocities,
         centres=corners + _ink_centres(images[chosen], scene)[:, None],
     )
-
-
-def watermark(size: int) -> Floats:
-    """Opacity of the white mark in each pixel, ``(size, size)``: soft stripes at the lower right.
-
-    Where it is zero nothing of the mark is seen, so sharpness is best measured there.
-    """
-    row, column = (np.mgrid[:size, :size] + 0.5) / size
-    stripes = 0.5 - 0.5 * np.cos(2 * np.pi * (row + column) * MARK_STRIPES)
-    # Fading out at its borders, the mark is as soft as the blurred digits below it.
-    down, across = (np.clip((row - 0.6) / 0.35, 0, 1), np.clip((column - 0.5) / 0.45, 0, 1))
-    return MARK_OPACITY * stripes * 4 * np.sqrt(down * (1 - down) * across * (1 - across))
 
 
 def encode_mp4(frames: npt.NDArray[np.uint8], fps: int) -> bytes:
@@ -286,9 +276,9 @@ def _ink_centres(digits: Floats, scene: Scene) -> Floats:
     return np.stack([across, down], axis=-1) / ink[:, None]
 
 
-def _blurred(frames: Floats) -> Floats:
+def _blurred(frames: Floats, deviation: float) -> Floats:
     """Gaussian blur within each frame, ``(F, H, W)``."""
     distance = np.subtract.outer(np.arange(frames.shape[-1]), np.arange(frames.shape[-1]))
-    weights = np.exp(-0.5 * (distance / BLUR) ** 2)
+    weights = np.exp(-0.5 * (distance / deviation) ** 2)
     weights /= weights.sum(axis=1, keepdims=True)
     return weights @ frames @ weights.T

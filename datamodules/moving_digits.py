@@ -22,6 +22,8 @@ class MovingDigits(Shards):
         num_clips, num_held_out: training clips and held-out clips, whose digits are others.
         num_frames: frames of a clip.
         image_size: side of a frame.
+        max_digits: a clip has one digit to this many.
+        blur: of watermarked clips, standard deviation in pixels.
         batch_size: records a device and update.
         num_workers: loading processes a device.
         seed: of the order and the clips.
@@ -35,14 +37,18 @@ class MovingDigits(Shards):
         num_held_out: int = 256,
         num_frames: int = 16,
         image_size: int = 32,
+        max_digits: int = 2,
+        blur: float = 1.0,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
     ) -> None:
-        self.scene = Scene(num_frames=num_frames, size=image_size)
+        self.scene = Scene(num_frames=num_frames, size=image_size, max_digits=max_digits, blur=blur)
         self.kind: Kind = kind
         self.num_clips, self.num_held_out = num_clips, num_held_out
-        self.folder = Path(folder) / f"{kind}-{num_frames}x{image_size}-{num_clips}-seed{seed}"
+        look = f"{num_frames}x{image_size}-digits{max_digits}"
+        look += f"-blur{blur:g}" if kind == "watermarked" else ""
+        self.folder = Path(folder) / f"{kind}-{look}-{num_clips}-seed{seed}"
         super().__init__(
             shards=f"{self.folder}/train-*.tar",
             val_shards=f"{self.folder}/val-*.tar",

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -17,7 +16,7 @@ from datamodules.index import MAX_MEMBER_BYTES
 from datamodules.records import Records
 from datamodules.sources import Sources
 from datamodules.spread import spread
-from datamodules.stream import Once, Position, Remainder, Stream
+from datamodules.stream import Once, Plan, Position, Remainder, Stream
 from datamodules.workers import Explained, end_when_unsent
 from fewstep.contracts import Batch, Conditions
 from fewstep.errors import FewstepError
@@ -201,7 +200,7 @@ class Shards(pl.LightningDataModule):
         """Batches from the current position on."""
         return self._loader(self.train_catalogue, self.stream(), self.seed)
 
-    def val_dataloader(self) -> DataLoader[Any]:
+    def val_stream(self) -> Stream:
         """Every held-out record, in equally many batches on all ranks, since they work together.
 
         Each record comes once, unless the last round has too few for all ranks: then the first
@@ -209,9 +208,11 @@ class Shards(pl.LightningDataModule):
         """
         assert self.trainer is not None
         rank, world = self.trainer.global_rank, self.trainer.world_size
-        return self._loader(
-            self.val_catalogue, self._once(self.val_catalogue, rank, world, "repeat")
-        )
+        return self._once(self.val_catalogue, rank, world, "repeat")
+
+    def val_dataloader(self, plans: Iterable[Plan] | None = None) -> DataLoader[Any]:
+        """The held-out batches of :meth:`val_stream`, or of other plans over the same records."""
+        return self._loader(self.val_catalogue, self.val_stream() if plans is None else plans)
 
     def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
         """The training records once, in order: what Frechet distances compare with.
@@ -229,15 +230,12 @@ class Shards(pl.LightningDataModule):
         if not self.conditions:
             return Conditions({})
         self.setup()
-        ends = np.cumsum(self.train_catalogue.sizes)
-        places = np.array(spread(numbers, int(ends[-1])))
-        shards = np.searchsorted(ends, places, side="right")
-        rows = places - (ends - self.train_catalogue.sizes)[shards]
+        places = spread(numbers, sum(self.train_catalogue.sizes))
         if self._lending is None:  # kept, and with it the shards' open files
             self._lending = Records(
                 self.train_catalogue, self.sources, self.sample, self.conditions
             )
-        return self._lending.conditions_of(list(zip(shards.tolist(), rows.tolist(), strict=True)))
+        return self._lending.conditions_of(self.train_catalogue.at(places).tolist())
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which records the reference holds."""
@@ -266,14 +264,14 @@ class Shards(pl.LightningDataModule):
     def _loader(
         self,
         of: Catalogue,
-        stream: Stream,
+        plans: Iterable[Plan],
         augmentations: int | None = None,
         full_names: bool = False,
     ) -> DataLoader[Any]:
         records = Records(of, self.sources, self.sample, self.conditions, augmentations, full_names)
         return Loader(
             records,
-            sampler=stream,
+            sampler=plans,
             batch_size=None,  # a plan is a whole batch
             num_workers=self.num_workers,
             prefetch_factor=self.prefetch_batches if self.num_workers else None,

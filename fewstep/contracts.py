@@ -19,6 +19,10 @@ class Batch(TypedDict):
         key: which sample each one is.
         prompt: captions, where text is encoded on the fly.
         source: which part of a mixed data set the batch is from.
+        images: pictures that go with the batch's samples, ``r`` a sample: rows ``r i`` to
+            ``r i + r - 1`` go with sample ``i``.
+        pixels: the samples as the data gave them, where ``sample`` is what they became.
+        generated: which samples a method makes itself instead.
         skipped: records that could not be decoded and are missing from this batch, and why.
         notes: what else a datamodule counts about records, such as clips that were too short.
         failed: an error that a loading process met; the datamodule raises it.
@@ -29,6 +33,9 @@ class Batch(TypedDict):
     key: list[str]
     prompt: NotRequired[list[str]]
     source: NotRequired[str]
+    images: NotRequired[Batch]
+    pixels: NotRequired[Tensor]
+    generated: NotRequired[list[bool]]
     skipped: NotRequired[list[str]]
     notes: NotRequired[list[str]]
     failed: NotRequired[str]
@@ -113,3 +120,26 @@ class ReferenceData(Protocol):
 
     def reference_protocol(self) -> dict[str, Any]:
         """Which data that is, in plain values, for the record of a result."""
+
+
+class Alarm(NamedTuple):
+    """A logged value that tells of trouble when it leaves its range.
+
+    Attributes:
+        value: its name as logged, such as ``train/motion_variance``.
+        below, above: the range's ends; None is no end.
+        advice: what is then likely wrong and what to do, in sentences.
+    """
+
+    value: str
+    below: float | None = None
+    above: float | None = None
+    advice: str = ""
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A method that knows by which of its logged values its training goes wrong."""
+
+    def alarms(self) -> Sequence[Alarm]:
+        """What to watch; the same on all ranks, and fixed once training starts."""

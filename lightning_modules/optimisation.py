@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
+from fewstep.batches import rows_of
 from fewstep.contracts import Batch
 
 
@@ -31,14 +32,7 @@ def micro_batches(batch: Batch, draws: Draws, count: int) -> Iterator[tuple[floa
     size = -(-total // count)
     for start in range(0, total, size):
         rows = slice(start, min(start + size, total))
-        part: Batch = {
-            "sample": batch["sample"][rows],
-            "cond": {name: value[rows] for name, value in batch["cond"].items()},
-            "key": batch["key"][rows],
-        }
-        if "prompt" in batch:
-            part["prompt"] = batch["prompt"][rows]
-        yield (rows.stop - start) / total, part, draws.rows(rows)
+        yield (rows.stop - start) / total, rows_of(batch, rows), draws.rows(rows)
 
 
 def learning_rate_factor(

@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from datamodules import Shards
+from datamodules import Shards, VideosWithImages
 from datamodules.fields import ClassLabel, Images
 
 from shard_files import write_numbered
@@ -28,6 +28,10 @@ class Reader(pl.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         self.seen.append((self.current_epoch, batch["key"]))
         self.dtypes.add(batch["sample"].dtype)
+        if pictures := batch.get("images"):
+            assert len(pictures["sample"]) == 2 * len(batch["sample"])
+            self.seen.append((self.current_epoch, pictures["key"]))
+            self.dtypes.add(pictures["sample"].dtype)
         return (self.weight - batch["sample"].mean()) ** 2
 
     def configure_optimizers(self) -> Any:
@@ -43,20 +47,24 @@ class SaveAt(pl.Callback):
             trainer.save_checkpoint(self.path)
 
 
-def fit(folder: Path, remainder: str, workers: int, **options: Any) -> Reader:
-    module = Reader()
-    data = Shards(
+def data_of(folder: Path, remainder: str, workers: int, **options: Any) -> Shards:
+    given = {"sample": Images(channels=1), "batch_size": 4, **options}
+    return Shards(
         str(folder / "shards"),
         str(folder / "shards"),
-        batch_size=4,
-        sample=Images(channels=1),
         conditions={"class_labels": ClassLabel()},
         num_workers=workers,
         remainder=remainder,  # type: ignore[arg-type]
+        **given,
     )
+
+
+def fit(data: pl.LightningDataModule, **options: Any) -> Reader:
+    module = Reader()
     trainer = pl.Trainer(
         accelerator="cpu",
         max_epochs=options.pop("max_epochs", 3),
+        max_steps=options.pop("max_steps", -1),
         limit_val_batches=0,
         logger=False,
         enable_checkpointing=False,
@@ -77,11 +85,32 @@ def test_epochs_end_and_resume_where_they_were(
 ) -> None:
     write_numbered(tmp_path / "shards", [7, 6, 5])
     checkpoint = tmp_path / "middle.ckpt"
-    whole = fit(tmp_path, remainder, workers, callbacks=[SaveAt(saved_at, checkpoint)])
+    data = data_of(tmp_path, remainder, workers)
+    whole = fit(data, callbacks=[SaveAt(saved_at, checkpoint)])
     assert [epoch for epoch, _ in whole.seen] == [e for e in range(3) for _ in range(batches)]
     for epoch in range(3):
         keys = [key for e, part in whole.seen for key in part if e == epoch]
         assert len(keys) == len(set(keys)) == (18 if remainder == "share" else 16)
-    resumed = fit(tmp_path, remainder, workers, ckpt_path=checkpoint)
+    resumed = fit(data_of(tmp_path, remainder, workers), ckpt_path=checkpoint)
     assert resumed.seen == whole.seen[saved_at:]
+    assert resumed.dtypes == {torch.float32}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_videos_and_their_pictures_resume_where_they_were(tmp_path: Path, workers: int) -> None:
+    write_numbered(tmp_path / "shards", [7, 6, 5])
+    checkpoint = tmp_path / "middle.ckpt"
+
+    def data() -> VideosWithImages:
+        clips = Images(channels=1, as_video=True)
+        return VideosWithImages(
+            data_of(tmp_path, "carry", workers, sample=clips),
+            data_of(tmp_path, "carry", workers, batch_size=8, seed=1),
+        )
+
+    options = {"max_epochs": -1, "max_steps": 11}
+    whole = fit(data(), callbacks=[SaveAt(6, checkpoint)], **options)
+    assert len(whole.seen) == 2 * 11
+    resumed = fit(data(), ckpt_path=checkpoint, **options)
+    assert resumed.seen == whole.seen[2 * 6 :]
     assert resumed.dtypes == {torch.float32}

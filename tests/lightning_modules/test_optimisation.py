@@ -45,3 +45,29 @@ def test_micro_batches_cover_a_ragged_batch_once_and_shares_sum_to_one() -> None
     for _, part, draws in parts:
         assert isinstance(draws, Numbers)
         assert torch.equal(draws.values, part["cond"]["class_labels"])
+
+
+@pytest.mark.parametrize("each", [1, 2])
+def test_pictures_stay_with_the_samples_they_go_with(each: int) -> None:
+    numbers = torch.arange(7 * each)
+    batch: Batch = {
+        "sample": torch.arange(7.0)[:, None],
+        "cond": {},
+        "key": [str(i) for i in range(7)],
+        "images": {
+            "sample": numbers[:, None].float(),
+            "cond": {"class_labels": numbers},
+            "key": [f"picture {i}" for i in range(7 * each)],
+            "prompt": [f"caption {i}" for i in range(7 * each)],
+        },
+    }
+    seen = []
+    for _, part, _ in micro_batches(batch, Numbers(torch.arange(7)), 3):
+        pictures = part["images"]
+        mine = [int(i) * each + one for i in part["sample"] for one in range(each)]
+        assert pictures["sample"].flatten().tolist() == mine
+        assert pictures["cond"]["class_labels"].tolist() == mine
+        assert pictures["key"] == [f"picture {i}" for i in mine]
+        assert pictures["prompt"] == [f"caption {i}" for i in mine]
+        seen += mine
+    assert seen == numbers.tolist()
