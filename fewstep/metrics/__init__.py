@@ -22,12 +22,15 @@ from fewstep.metrics.kid import KID
 from fewstep.metrics.lpips import LPIPSDiversity, LPIPSFeatures, PairedLPIPS
 from fewstep.metrics.means import Means
 from fewstep.metrics.motion import MotionDifference, MotionFlow, RAFTFeatures
+from fewstep.metrics.moving_digits import Sharpness, WatermarkEnergy
 from fewstep.metrics.pairs import Consistency, PairedDistance, PairedPSNR
 from fewstep.metrics.precision_recall import PrecisionRecall
+from fewstep.metrics.random_video import RandomVideoFeatures
 from fewstep.metrics.ranks import Ranks
 from fewstep.metrics.references import ReferenceStore
 from fewstep.metrics.rows import Rows
 from fewstep.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
+from fewstep.metrics.tracks import TrackError, tracks
 from fewstep.metrics.video_mae import FrechetVideoMAE, VideoMAEFeatures
 
 __all__ = [
@@ -65,13 +68,17 @@ __all__ = [
     "PairedPSNR",
     "PrecisionRecall",
     "RAFTFeatures",
+    "RandomVideoFeatures",
     "Ranks",
     "ReferenceStore",
     "Rows",
     "Samples",
+    "Sharpness",
     "SlicedWasserstein",
     "Statistics",
+    "TrackError",
     "VideoMAEFeatures",
+    "WatermarkEnergy",
     "collect",
     "frechet_distance",
     "merged",
@@ -79,4 +86,5 @@ __all__ = [
     "share_features",
     "sliced_wasserstein",
     "to_uint8",
+    "tracks",
 ]

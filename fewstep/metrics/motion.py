@@ -7,7 +7,6 @@ Consistency Models" (NeurIPS 2024), table 4, by RAFT (Teed & Deng, ECCV 2020).
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Hashable, Mapping
 from typing import Any, Literal
 
@@ -18,10 +17,10 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 
 from fewstep.errors import FewstepError
+from fewstep.metrics.amounts import Amount
 from fewstep.metrics.arithmetic import full_float32
-from fewstep.metrics.base import Better, Features, Metric, Samples, Statistics, to_uint8
+from fewstep.metrics.base import Features, Samples, to_uint8
 from fewstep.metrics.frames import colours, resized
-from fewstep.metrics.means import Means
 from fewstep.metrics.weights import WeightFile, file_sha256, fill, read_state
 
 URL = "https://download.pytorch.org/models/"
@@ -47,50 +46,10 @@ def _check_video(pixels: Tensor) -> None:
         )
 
 
-class Motion(Metric):
-    """The mean amount of motion of a set, and how it compares with the reference's.
+class Motion(Amount):
+    """The mean amount of motion of a set, and how it compares with the reference's."""
 
-    Gives ``NAME``, and with a reference ``NAME_ratio``, generated over reference, and
-    ``NAME_error``, how far that ratio is from 1.
-
-    Args:
-        name: of the amount.
-    """
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-        self.own_values = frozenset({name})
-        self.better: dict[str, Better] = {
-            name: "higher",
-            f"{name}_ratio": "higher",
-            f"{name}_error": "lower",
-        }
-
-    def statistics(self) -> Means:
-        return Means([self.name], self.amounts)
-
-    @abstractmethod
-    def amounts(self, features: Mapping[str, Tensor], samples: Samples) -> list[Tensor]:
-        """The motion ``(B,)`` of each video, alone in a list."""
-
-    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
-        assert isinstance(generated, Means)
-        values = generated.means()
-        if reference is None:
-            return values
-        assert isinstance(reference, Means)
-        data = reference.means()[self.name]
-        if data == 0:
-            raise FewstepError(
-                f"The reference videos do not move at all, so that {self.name} has nothing to be "
-                "compared with. Look at the data, or leave the metric out."
-            )
-        ratio = values[self.name] / data
-        return {**values, f"{self.name}_ratio": ratio, f"{self.name}_error": abs(ratio - 1)}
-
-    def protocol(self) -> dict[str, Any]:
-        looks = {} if self.features is None else {"features": self.features.protocol()}
-        return {"metric": self.name, **looks}
+    nothing = "The reference videos do not move at all"
 
 
 class MotionDifference(Motion):

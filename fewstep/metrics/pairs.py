@@ -62,7 +62,11 @@ class Paired(Metric):
         """Of paired rows ``(N, ...)`` the values ``(N,)``."""
 
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
-        """The mean of all pairs, which are known by their numbers.
+        """The mean of all pairs."""
+        return {self.name: float(self.compare(*self.paired(generated, reference)).double().mean())}
+
+    def paired(self, generated: Statistics, reference: Statistics | None) -> tuple[Tensor, Tensor]:
+        """The rows ``(N, ...)`` of either set, pair beside pair, which are known by their numbers.
 
         Raises:
             FewstepError: if the sets are not of the same numbers or sizes.
@@ -81,7 +85,7 @@ class Paired(Metric):
                 f"{self.name} compares pairs of one shape; these have {tuple(first.shape[1:])} "
                 f"and {tuple(second.shape[1:])}."
             )
-        return {self.name: float(self.compare(first, second).double().mean())}
+        return first, second
 
     def protocol(self) -> dict[str, Any]:
         looks = {} if self.features is None else {"features": self.features.protocol()}

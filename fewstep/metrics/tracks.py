@@ -1,0 +1,96 @@
+"""Whether digits move along the same tracks in samples of the same noise, however they look."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.errors import FewstepError
+from fewstep.metrics.base import Samples, Statistics
+from fewstep.metrics.moving_digits import light, unmarked
+from fewstep.metrics.pairs import Paired
+from fewstep.metrics.rows import Rows
+
+logger = logging.getLogger(__name__)
+
+TRACKS = "tracks"
+FAINT = 0.1  # light that is taken for background
+LEAST_INK = 1.0  # pixels of full light: less is no digit
+
+
+def tracks(pixels: Tensor) -> Tensor:
+    """The centre of the ink in each frame, ``(B, F, 2)`` x and y in pixels from the top left one.
+
+    The mark is taken off first, and light below a tenth. A blur that is the same all around hardly
+    moves a centre. Where there are two digits it is their common one.
+
+    Args:
+        pixels: grey videos ``(B, 1, F, H, H)`` in [-1, 1].
+
+    Returns:
+        float64; NaN in frames without ink.
+    """
+    ink = (unmarked(light(pixels)) - FAINT).clamp_min(0)
+    places = torch.arange(ink.shape[-1], dtype=ink.dtype, device=ink.device)
+    total = ink.sum((-1, -2))
+    sums = torch.stack([(ink.sum(-2) * places).sum(-1), (ink.sum(-1) * places).sum(-1)], -1)
+    return torch.where(total >= LEAST_INK, 1.0, torch.nan)[..., None] * sums / total[..., None]
+
+
+class TrackRows(Rows):
+    """Tracks of a bounded number of videos."""
+
+    of_samples = True
+
+    def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
+        if samples.pixels.ndim != 5 or samples.pixels.shape[2] < 2:
+            raise FewstepError(
+                "Tracks take videos of at least two frames; the samples are "
+                f"{tuple(samples.pixels.shape)}."
+            )
+        super().update({**features, TRACKS: tracks(samples.pixels)}, samples)
+
+
+class TrackError(Paired):
+    """How far apart digits are in two videos of the same noise, the mark and blur apart.
+
+    ``track_error``: mean distance of the ink's centres, in pixels. ``velocity_error``: the same of
+    their steps from frame to frame, in pixels a frame. ``tracks_lost``: share of the frames in
+    which one of the two has ink and the other none; they are left out of the other values, as are
+    frames in which neither has any.
+
+    Args:
+        pairs: to compare.
+    """
+
+    def __init__(self, pairs: int = 256) -> None:
+        super().__init__("track_error", TRACKS, "lower", pairs)
+        self.better |= {"velocity_error": "lower", "tracks_lost": "lower"}
+
+    def statistics(self) -> TrackRows:
+        return TrackRows([self.output], self.pairs)
+
+    def compare(self, first: Tensor, second: Tensor) -> Tensor:
+        """Mean distances ``(N,)`` over frames of tracks ``(N, F, 2)``; NaN if none has both."""
+        return (first - second).norm(dim=-1).nanmean(1)
+
+    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
+        """The means over all pairs; where none has a common frame, ``tracks_lost`` alone."""
+        first, second = self.paired(generated, reference)
+        there = [~each.isnan().any(-1) for each in (first, second)]
+        values = {
+            self.name: self.compare(first, second).nanmean(),
+            "velocity_error": self.compare(first.diff(dim=1), second.diff(dim=1)).nanmean(),
+            "tracks_lost": (there[0] != there[1]).double().mean(),
+        }
+        missing = [name for name, value in values.items() if value.isnan()]
+        if missing:
+            logger.warning("%s: no frames of a pair have ink in both videos.", ", ".join(missing))
+        return {name: float(value) for name, value in values.items() if name not in missing}
+
+    def protocol(self) -> dict[str, Any]:
+        return {**super().protocol(), "pixels": "8-bit", "faint": FAINT, "least_ink": LEAST_INK}
