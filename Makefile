@@ -4,10 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint format setup clean
+.PHONY: demo demo-video test test-slow lint format setup clean
 
 demo: $(STAMP)  ## teacher, few-step students, report: runs/demo/report.html
 	$(BIN)/fewstep demo
+
+demo-video: $(STAMP)  ## the same with videos, LCM and MCM: runs/demo_video/report.html
+	$(BIN)/fewstep demo moving_digits
 
 test: $(STAMP) lint  ## lint, types, import directions, tests
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --durations=10 -n 2 --dist loadfile

@@ -3,6 +3,8 @@
 from lightning_modules.base import FewStepModule
 from lightning_modules.consistency_distillation import ConsistencyDistillation
 from lightning_modules.diffusion_training import DiffusionTraining
+from lightning_modules.frame_adversary import FrameAdversary
+from lightning_modules.motion_consistency_distillation import MotionConsistencyDistillation
 from lightning_modules.phased_consistency_distillation import PhasedConsistencyDistillation
 from lightning_modules.roles import Pretrained
 
@@ -10,6 +12,8 @@ __all__ = [
     "ConsistencyDistillation",
     "DiffusionTraining",
     "FewStepModule",
+    "FrameAdversary",
+    "MotionConsistencyDistillation",
     "PhasedConsistencyDistillation",
     "Pretrained",
 ]

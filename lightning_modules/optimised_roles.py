@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -47,12 +48,13 @@ class OptimisedRoles(pl.LightningModule):
         """Roles with an optimiser."""
         return tuple(self.make_optimizer)
 
-    def _backward(self, loss: Tensor, role: str, last: bool) -> None:
-        """Adds a loss's gradient to its role, and to no other."""
-        own = self._parameters_of(role)
-        others = [p for r in self.trained_roles if r != role for p in self._parameters_of(r)]
-        averager = self._averager(role) if last else None
-        if averager is not None:
+    def _backward(self, loss: Tensor, roles: Sequence[str], last: bool) -> None:
+        """Adds a loss's gradient to its roles, and to no other."""
+        own = [p for role in roles for p in self._parameters_of(role)]
+        others = [p for r in self.trained_roles if r not in roles for p in self._parameters_of(r)]
+        found = [self._averager(role) for role in roles] if last else []
+        averagers = [averager for averager in found if averager is not None]
+        for averager in averagers:
             averager.arm()
         if is_sharded(own) or is_sharded(others):
             with kept_out(others):
@@ -60,7 +62,7 @@ class OptimisedRoles(pl.LightningModule):
         else:
             # `inputs` keeps gradient out of every other role without toggling requires_grad.
             self.manual_backward(loss, inputs=own)
-        if averager is not None:
+        for averager in averagers:
             averager.finish()
 
     def _averager(self, role: str) -> GradientAverager | None:

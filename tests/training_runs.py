@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -15,12 +16,17 @@ from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from callbacks import Checkpoints
+from fewstep.batches import rows_of
+from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, VPSchedule
-from fewstep.networks import DiT
+from fewstep.networks import DiT, VideoDiT
+from fewstep.networks.frames import ClassCondition, ConvolutionFeatures
 from lightning_modules import (
     ConsistencyDistillation,
     DiffusionTraining,
     FewStepModule,
+    FrameAdversary,
+    MotionConsistencyDistillation,
     PhasedConsistencyDistillation,
 )
 from lightning_modules.parallel import ReplicatedStrategy, ShardedStrategy
@@ -29,23 +35,47 @@ from lightning_modules.whole import WholeCheckpointIO
 from ranks import run_ranks
 
 GLOBAL_BATCH = 8
+Network = TypeVar("Network", bound=torch.nn.Module)
 # An eps that keeps AdamW from turning the rounding of tiny gradients into whole steps.
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4)
 OPTIONS: dict[str, Any] = {"optimizer": OPTIMIZER, "ema_decay": 0.9, "warmup_updates": 3}
 
 
-def network() -> DiT:
+def awake(make: Callable[[], Network]) -> Network:
+    """A network that is the same each time, without the zeros that it starts with."""
     with torch.random.fork_rng():
         torch.manual_seed(1)
-        made = DiT(8, 1, num_layers=2, num_heads=2, head_dim=8)
+        made = make()
         for parameter in made.parameters():
             if not parameter.any():
                 torch.nn.init.normal_(parameter, std=0.02)
     return made
 
 
+def network() -> DiT:
+    return awake(partial(DiT, 8, 1, num_layers=2, num_heads=2, head_dim=8))
+
+
 def teacher() -> Denoiser:
     return Denoiser(network(), VPSchedule(), "v_prediction")
+
+
+def video_teacher() -> Denoiser:
+    make = partial(VideoDiT, 8, 3, 1, patch_size=4, num_layers=2, num_heads=2, head_dim=12)
+    return Denoiser(awake(make), VPSchedule(), "v_prediction")
+
+
+class Motion(MotionConsistencyDistillation):
+    """With the same heads wherever they are built."""
+
+    def build_roles(self) -> None:
+        torch.manual_seed(3)
+        super().build_roles()
+
+
+def adversary(**options: Any) -> FrameAdversary:
+    given = {"condition": ClassCondition(), "kernel": 3, "width": 8, **options}
+    return FrameAdversary(ConvolutionFeatures(widths=[4, 8]), **given)
 
 
 class Phased(PhasedConsistencyDistillation):
@@ -60,6 +90,10 @@ def method(name: str, **chosen: Any) -> FewStepModule:
     options = {**OPTIONS, **chosen}
     if name == "teacher":
         return DiffusionTraining(network, VPSchedule(), "v_prediction", **options)
+    if name == "mcm":
+        judge = adversary(real="images", penalty=0.1)
+        optimizers = {"motion_optimizer": OPTIMIZER, "discriminator_optimizer": OPTIMIZER}
+        return Motion(video_teacher, adversary=judge, num_grid_points=20, **optimizers, **options)
     if name == "lcm":
         return ConsistencyDistillation(teacher, 20, guidance_range=(2.0, 3.0), **options)
     return Phased(
@@ -78,28 +112,43 @@ class Stream(IterableDataset[Any]):
     def __init__(self, data: Data, rank: int, world: int, start: int) -> None:
         self.rows = slice(rank * GLOBAL_BATCH // world, (rank + 1) * GLOBAL_BATCH // world)
         self.start = start
+        self.shape = data.shape
 
     def __iter__(self) -> Any:
         number = self.start
         while True:
             draws = torch.Generator().manual_seed(number)
-            sample = torch.randn(GLOBAL_BATCH, 1, 8, 8, generator=draws)
+            sample = torch.randn(GLOBAL_BATCH, *self.shape, generator=draws)
             labels = torch.randint(10, (GLOBAL_BATCH,), generator=draws)
-            yield {
-                "sample": sample[self.rows],
-                "cond": {"class_labels": labels[self.rows]},
-                "key": [str(number)] * len(labels[self.rows]),
+            whole: Batch = {
+                "sample": sample,
+                "cond": {"class_labels": labels},
+                "key": [str(number)] * GLOBAL_BATCH,
             }
+            if len(self.shape) == 4:  # two pictures a video
+                pictures = torch.randn(2 * GLOBAL_BATCH, 1, 8, 8, generator=draws)
+                cond = {"class_labels": torch.randint(10, (2 * GLOBAL_BATCH,), generator=draws)}
+                keys = [str(number)] * 2 * GLOBAL_BATCH
+                whole["images"] = {"sample": pictures, "cond": cond, "key": keys}
+            yield rows_of(whole, self.rows)
             number += 1
 
 
 class Data(pl.LightningDataModule):
+    def __init__(self, shape: tuple[int, ...] = (1, 8, 8)) -> None:
+        super().__init__()
+        self.shape = shape
+
     def train_dataloader(self) -> Any:
         at = self.trainer
         assert at is not None
         return DataLoader(
             Stream(self, at.global_rank, at.world_size, at.global_step), batch_size=None
         )
+
+
+def data_for(name: str) -> Data:
+    return Data((1, 3, 8, 8)) if name == "mcm" else Data()
 
 
 class Losses(pl.Callback):
@@ -152,6 +201,8 @@ def whole(tensor: Tensor) -> Tensor:
 def states_of(trainer: pl.Trainer, module: FewStepModule) -> dict[str, Any]:
     """Every tensor and number that makes the run what it is, whole."""
     roles = [*module.trained_roles, "ema"]
+    if isinstance(module, MotionConsistencyDistillation):
+        roles.append("motion_average")
     found: dict[str, Any] = {
         name: whole(p) for role in roles for name, p in getattr(module, role).named_parameters(role)
     }
@@ -191,7 +242,7 @@ def run(
     module, losses = method(name), Losses()
     callbacks = [losses, Checkpoints(every_n_updates=every), KillAt(kill_at)]
     trainer = trainer_of(kind, world, updates, *callbacks, folder=folder)
-    trainer.fit(module, Data(), ckpt_path=resume, weights_only=True)
+    trainer.fit(module, data_for(name), ckpt_path=resume, weights_only=True)
     return states_of(trainer, module), losses.seen
 
 
@@ -203,7 +254,7 @@ def train(
     pl.seed_everything(0, verbose=False)
     module, losses = method(name, **options), Losses()
     trainer = trainer_of(kind, world, updates, losses, precision=precision)
-    trainer.fit(module, Data())
+    trainer.fit(module, data_for(name))
     roles = [*module.trained_roles, "ema"]
     weights = {n: p for role in roles for n, p in getattr(module, role).named_parameters(role)}
     sharded = any(isinstance(p, DTensor) for p in weights.values())
