@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Literal, cast
 
 import torch
@@ -20,6 +20,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
+from fewstep.batches import in_shape_of_all
 from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, DenoiserLike, Guided, ode_sample
 from fewstep.errors import FewstepError
@@ -30,6 +31,7 @@ from fewstep.networks.lora import LoRA, SharedBase, share_base
 from fewstep.seeding import Generators, torch_generator
 from lightning_modules.checks import check_same_experiment, load_strictly
 from lightning_modules.companions import Companions
+from lightning_modules.conditioning import in_float32
 from lightning_modules.optimisation import Draws, micro_batches
 from lightning_modules.optimised_roles import OptimisedRoles
 from lightning_modules.parallel import ShardedStrategy, shard
@@ -70,6 +72,10 @@ class FewStepModule(OptimisedRoles):
             pixels and decode samples; the teacher's by default.
         encoder_precision: what these compute in.
         offload_encoders: put text encoders back on the CPU after each use.
+        vae_tiling: let the VAE work tile by tile on samples that are larger than a tile of its own:
+            less memory; pixels change a little where tiles meet.
+        vae_slicing: let the VAE encode one sample of a batch at a time: less memory, the same
+            numbers. Samples are decoded one at a time in any case.
     """
 
     frozen_roles: tuple[str, ...] = ()
@@ -97,6 +103,8 @@ class FewStepModule(OptimisedRoles):
         pipeline: str | None = None,
         encoder_precision: Literal["float32", "bfloat16", "float16"] = "float32",
         offload_encoders: bool = False,
+        vae_tiling: bool = False,
+        vae_slicing: bool = False,
     ) -> None:
         super().__init__({"student": optimizer}, warmup_updates, lr_decay, gradient_clip)
         self.accumulate = accumulate
@@ -112,6 +120,8 @@ class FewStepModule(OptimisedRoles):
         self.pipeline = pipeline
         self.encoder_precision = encoder_precision
         self.offload_encoders = offload_encoders
+        self.vae_tiling = vae_tiling
+        self.vae_slicing = vae_slicing
         self.companions: Companions | None = None
         self._shared: SharedBase | None = None
         self.provenance: dict[str, dict[str, str]] = {}
@@ -200,7 +210,13 @@ class FewStepModule(OptimisedRoles):
         folder = self.pipeline or next(filter(None, origins), None)
         if folder is not None:
             dtype = getattr(torch, self.encoder_precision)
-            self.companions = Companions(find_folder(folder), dtype, self.offload_encoders)
+            self.companions = Companions(
+                find_folder(folder),
+                dtype,
+                self.offload_encoders,
+                self.vae_tiling,
+                self.vae_slicing,
+            )
 
     def _roles(self) -> list[tuple[str, nn.Module]]:
         """The networks that there are, by role: trained, averaged, frozen."""
@@ -245,7 +261,8 @@ class FewStepModule(OptimisedRoles):
         parts = list(micro_batches(batch, draws, self.accumulate))
         for number, (share, part, drawn) in enumerate(parts):
             for update in self.updates(part, drawn):
-                self._backward(update.loss * share, update.role, last=number == len(parts) - 1)
+                roles, last = (update.role, *update.also), number == len(parts) - 1
+                self._backward(update.loss * share, roles, last)
                 for name, value in update.logs.items():
                     logs[name] = logs.get(name, 0) + share * value.detach()
         logs = self._mean_over_ranks(logs)
@@ -256,7 +273,11 @@ class FewStepModule(OptimisedRoles):
             if self.ema_warmup:
                 decay = warmed_up_decay(decay, self.student_updates)
             ema_update(self.ema, self.student, decay)
+        self.after_update()
         self.log_dict({f"train/{name}": value for name, value in logs.items()})
+
+    def after_update(self) -> None:
+        """What a method does once all its roles have been updated; nothing by default."""
 
     def _global_draws(self, batch: Batch) -> Draws:
         """This rank's rows of what is drawn for the batches of all ranks together.
@@ -267,12 +288,12 @@ class FewStepModule(OptimisedRoles):
         world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
         if world == 1:
             return self.draw(batch, generator)
-        shapes = batch["sample"][:1].expand(world * size, *batch["sample"].shape[1:])
-        everyone: Batch = {**batch, "sample": shapes}
-        return self.draw(everyone, generator).rows(slice(rank * size, (rank + 1) * size))
+        drawn = self.draw(in_shape_of_all(batch, world), generator)
+        return drawn.rows(slice(rank * size, (rank + 1) * size))
 
     def _encoded(self, batch: Batch, stream: str, number: int) -> Batch:
         """A batch of latents and embeddings, where the data are pixels and prompts."""
+        batch = {**batch, "cond": in_float32(batch["cond"])}
         if self.companions is None:
             return batch
         world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
@@ -283,10 +304,15 @@ class FewStepModule(OptimisedRoles):
             drawn = torch.randn(everyones, generator=generator, device=self.device)
             return drawn[rank * size : (rank + 1) * size]
 
-        sample = self.companions.latents(batch["sample"], self.sample_shape, noise)
+        sample = self._latents(batch, noise)
         prompts, backbone = batch.get("prompt"), self.student.backbone
         cond = self.companions.with_prompts(batch["cond"], prompts, backbone)
         return {**batch, "sample": sample, "cond": cond}
+
+    def _latents(self, batch: Batch, noise: Callable[[], Tensor]) -> Tensor:
+        """Latents of a batch's pixels; latents stay as they are."""
+        assert self.companions is not None
+        return self.companions.latents(batch["sample"], self.sample_shape, noise)
 
     def _generator(self, stream: str, *counters: int) -> torch.Generator:
         """Random numbers that depend on (seed, stream, counters) alone, for exact resume."""
@@ -350,6 +376,7 @@ class FewStepModule(OptimisedRoles):
             raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
         if prompt is not None and self.companions is not None:
             cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
+        cond = None if cond is None else in_float32(cond)
         denoiser = Guided(getattr(self, role), self.guidance_scale(role))
         if role == "teacher":
             return FewStepModule.sample_from(self, denoiser, noise, cond, num_steps, generator)

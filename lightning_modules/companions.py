@@ -13,6 +13,7 @@ from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
 from fewstep.networks.latents import LatentCodec
 from fewstep.networks.text import TextEncoding
+from lightning_modules.conditioning import in_float32
 
 Cond = dict[str, Tensor]
 
@@ -27,12 +28,22 @@ class Companions:
         folder: of the pipeline.
         dtype: in which precision text encoders and VAE compute.
         offload: whether text encoders go back to the CPU after each use.
+        tiling, slicing: see :class:`~fewstep.networks.latents.LatentCodec`.
     """
 
-    def __init__(self, folder: Path, dtype: torch.dtype, offload: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dtype: torch.dtype,
+        offload: bool,
+        tiling: bool = False,
+        slicing: bool = False,
+    ) -> None:
         self.folder = folder
         self.dtype = dtype
         self.offload = offload
+        self.tiling = tiling
+        self.slicing = slicing
 
     @cached_property
     def text(self) -> TextEncoding:
@@ -42,7 +53,7 @@ class Companions:
     @cached_property
     def codec(self) -> LatentCodec:
         """The VAE."""
-        return LatentCodec(self.folder, dtype=self.dtype)
+        return LatentCodec(self.folder, dtype=self.dtype, tiling=self.tiling, slicing=self.slicing)
 
     @torch.no_grad()
     def conditions(self, prompts: list[str], device: torch.device) -> Cond:
@@ -51,7 +62,7 @@ class Companions:
             found = self.text.to(device).encode(prompts)
         if self.offload:
             self.text.offload()
-        return {n: v.float() if v.is_floating_point() else v for n, v in found.items()}
+        return in_float32(found)
 
     @torch.no_grad()
     def with_prompts(self, cond: Cond, prompts: list[str] | None, backbone: Backbone) -> Cond:

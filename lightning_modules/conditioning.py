@@ -18,3 +18,8 @@ def drop_cond(backbone: Backbone, cond: dict[str, Tensor], dropped: Tensor) -> d
         name: torch.where(expand_to(dropped, value), null[name], value)
         for name, value in cond.items()
     }
+
+
+def in_float32(cond: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The conditioning as networks and guidance compute with it; shards store half precision."""
+    return {n: value.float() if value.is_floating_point() else value for n, value in cond.items()}

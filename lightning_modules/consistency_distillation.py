@@ -84,11 +84,13 @@ class ConsistencyDistillation(FewStepModule):
         boundary: ``jump`` maps along the predicted line to the trajectory's end; ``lcm`` uses
             LCM's ``c_skip`` and ``c_out``.
         guidance_embedding: tell the student which guidance scale its target used (LCM's
-            w-embedding); needs a backbone with such an input.
+            w-embedding). Needs a U-Net, or a backbone with such an input; a U-Net without it gets
+            one of ``guidance_embedding_dim``, which a LoRA adapts too.
+        guidance_embedding_dim: size of that input where it is new (LCM: 256).
         base: options of :class:`~lightning_modules.base.FewStepModule`.
     """
 
-    frozen_roles = ("teacher",)
+    frozen_roles: tuple[str, ...] = ("teacher",)
 
     def __init__(
         self,
@@ -103,6 +105,7 @@ class ConsistencyDistillation(FewStepModule):
         weighting: Literal["jump", "velocity"] = "jump",
         boundary: Literal["jump", "lcm"] = "jump",
         guidance_embedding: bool = False,
+        guidance_embedding_dim: int = 256,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -116,22 +119,21 @@ class ConsistencyDistillation(FewStepModule):
         self.weighting = weighting
         self.boundary = boundary
         self.embed_guidance = guidance_embedding
+        self.guidance_embedding_dim = guidance_embedding_dim
         self.num_phases = 1
         if target_network == "ema" and self.ema_decay is None:
             raise FewstepError("target_network: ema needs an ema_decay (LCM uses 0.95).")
 
     def build_roles(self) -> None:
         self.teacher, self.provenance["teacher"] = load_teacher(self.teacher_source)
+        if self.embed_guidance:
+            # The teacher is never told anything through it; the student starts with it.
+            self.teacher.backbone.add_guidance_input(self.guidance_embedding_dim)
         self.start_student(self.teacher)
         self.schedule = self.teacher.schedule
         grid = TimeGrid.uniform(self.schedule, self.num_grid_points)
         self.phases = PhaseSchedule(grid, self.num_phases)
         self.solver_path = grid.solver_path(self.schedule, self.solver_substeps)
-        if self.embed_guidance and self.student.backbone.guidance_input is None:
-            raise FewstepError(
-                f"{type(self.student.backbone).__name__} takes no guidance embedding; "
-                "set guidance_embedding: false."
-            )
 
     # ------------------------------------------------------------------ the step
 

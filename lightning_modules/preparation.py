@@ -13,6 +13,7 @@ from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
 from fewstep.networks.lora import pinned
 
+RECOMPILATIONS = 64  # of the code that blocks of one class share, in all roles together
 FULL_PRECISION = ("64-true", "32-true", "16-mixed", "bf16-mixed")
 
 
@@ -72,6 +73,9 @@ def checkpoint_activations(role: nn.Module) -> None:
 
 def compile_blocks(role: nn.Module) -> None:
     """Compiles each block on its own: short to compile, and blind to what happens around it."""
+    # Blocks of one class share the limit; beyond it dynamo goes on uncompiled, with but a warning.
+    dynamo: Any = torch._dynamo.config
+    dynamo.recompile_limit = max(dynamo.recompile_limit, RECOMPILATIONS)
     for block in _blocks(role):
         block.compile()
 

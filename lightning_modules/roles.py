@@ -8,13 +8,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fewstep.diffusion import Denoiser
 from fewstep.networks import load_denoiser
 from fewstep.networks.loading import is_checkpoint, on_its_own
-from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of
+from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of, read_null
 
 
 class Pretrained:
@@ -24,7 +23,7 @@ class Pretrained:
         folder: of the pipeline, or a name of the Hugging Face hub that is in its local cache.
         size: height and width of samples in pixels; what the pipeline was made for by default.
         frames: of videos, in pixels.
-        null: file of what the unconditional branch gets, as ``fewstep shards encode`` writes it
+        empty: file of what the unconditional branch gets, as ``fewstep shards encode`` writes it
             (``empty.safetensors``), so that no text encoder need be loaded.
     """
 
@@ -33,16 +32,16 @@ class Pretrained:
         folder: str,
         size: tuple[int, int] | None = None,
         frames: int | None = None,
-        null: str | None = None,
+        empty: str | None = None,
     ) -> None:
         self.folder = folder
         self.size = size
         self.frames = frames
-        self.null = null
+        self.empty = empty
 
     def load(self) -> LoadedPipeline:
         """Loads the denoiser; text encoders and VAE wait until they are needed."""
-        null = None if self.null is None else load_file(self.null)
+        null = None if self.empty is None else read_null(self.empty)
         return load_denoiser_of(self.folder, self.size, self.frames, null)
 
 
@@ -57,11 +56,13 @@ class Update:
         role: whose parameters the loss trains.
         loss: scalar with a graph.
         logs: detached scalars to log, by name.
+        also: further roles whose parameters it trains, such as a head on the student's output.
     """
 
     role: str
     loss: Tensor
     logs: dict[str, Tensor]
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -103,6 +104,8 @@ def load_teacher(source: TeacherSource) -> tuple[Denoiser, dict[str, str]]:
     if isinstance(source, Pretrained):
         pipeline = source.load()
         origin = {"source": pipeline.source, "sha256": pipeline.sha256, "weights": "pipeline"}
+        if source.empty is not None:
+            origin["empty"] = source.empty
         return pipeline.denoiser, {**origin, "pipeline": str(pipeline.folder)}
     if callable(source):
         teacher = copy.deepcopy(source())

@@ -13,7 +13,7 @@ from callbacks.console import say
 from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
-from scripts.evaluate import FinishedSamples, PipelineSampler
+from scripts.evaluate import DrawnPipeline, FinishedSamples, PipelineSampler, exported_steps
 from scripts.evaluate.pipelines import ROLE
 from scripts.plan import Strategy, as_dict, format_plan, plan_of
 
@@ -90,6 +90,8 @@ class FewstepTrainer(pl.Trainer):
         roles: list[str] | None = None,
         seed: int = 0,
         count: int = 40,
+        pipeline: str | None = None,
+        guidance: float | None = None,
     ) -> None:
         """Draw sample pictures at several step counts; writes samples/*.png of the run.
 
@@ -99,12 +101,22 @@ class FewstepTrainer(pl.Trainer):
             roles: Whose weights: ema, student or teacher; the averaged student by default.
             seed: Seed of the noise.
             count: Samples a picture.
+            pipeline: Folder of a diffusers pipeline to sample with instead, such as an export; from
+                the same noise and prompts.
+            guidance: Guidance scale of the pipeline; its own default, or its card's, if not given.
         """
         callback = self._only(Samples)
         callback.num_steps = steps or callback.num_steps
         callback.roles = roles or callback.roles
         callback.seed, callback.count = seed, count
-        self._run_validation(model, datamodule, ckpt_path)
+        method: pl.LightningModule = model
+        if pipeline is not None:
+            folder = Path(pipeline)
+            callback.num_steps = steps or exported_steps(folder) or callback.num_steps
+            callback.num_steps = callback.num_steps or [1, 2, 4, 8]
+            callback.roles = [ROLE]
+            method = DrawnPipeline(folder, callback.num_steps, guidance)
+        self._run_validation(method, datamodule, ckpt_path)
         print(f"Pictures: {Path(self.default_root_dir) / 'samples'}")
 
     def plan(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from fewstep.diffusion.prediction import Prediction, PredictionType, to_prediction
 from fewstep.diffusion.schedules import Schedule
 from fewstep.diffusion.tables import expand_to, work_dtype
+from fewstep.errors import FewstepError
 from fewstep.spec import Spec, build, describe
 
 Cond = Mapping[str, Tensor]
@@ -27,12 +28,14 @@ class Backbone(nn.Module):
         shard_units: names of the sub-modules that FSDP2 gathers one at a time; what is in none of
             them is gathered for the whole forward pass.
         guidance_input: name of the conditioning that takes a guidance-scale embedding, if any.
+        added_layer: name of the layer, all zeros at first, that was added for this input.
         kept_in: what most of its weights are kept in, if that was decided for it.
     """
 
     config: dict[str, Any]
     sample_shape: tuple[int, ...]
     guidance_input: str | None = None
+    added_layer: str | None = None
     kept_in: torch.dtype | None = None
 
     @property
@@ -53,6 +56,19 @@ class Backbone(nn.Module):
         """The feature in what one of the feature blocks returns: tokens or a map."""
         feature: Tensor = output[0] if isinstance(output, tuple) else output
         return feature
+
+    def add_guidance_input(self, dim: int) -> None:
+        """Gives the network a ``guidance_input (B, dim)``, unless it has one of its own.
+
+        What it computes stays the same, to the bit, until the new layer is trained.
+
+        Raises:
+            FewstepError: if there is no such option.
+        """
+        if self.guidance_input is None:
+            raise FewstepError(
+                f"{type(self).__name__} takes no guidance embedding; set guidance_embedding: false."
+            )
 
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         """The unconditional counterpart of ``cond``, of the same shapes."""

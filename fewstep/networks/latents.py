@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
+from fewstep.errors import FewstepError
 from fewstep.networks.folders import vae_factors
 from fewstep.networks.parts import load_part
 
@@ -47,7 +50,8 @@ class LatentSpace:
 
 
 def _by_channel(values: Tensor, latents: Tensor) -> Tensor:
-    return values.float().to(latents.device).view(1, -1, *[1] * (latents.ndim - 2))
+    there = values.float().to(latents.device, non_blocking=True)
+    return there.view(1, -1, *[1] * (latents.ndim - 2))
 
 
 class LatentCodec:
@@ -67,7 +71,7 @@ class LatentCodec:
         factors: pixels a latent in time and in space.
 
     Raises:
-        FewstepError: if the VAE is missing or damaged.
+        FewstepError: if the VAE is missing or damaged, or cannot do these.
     """
 
     def __init__(
@@ -82,10 +86,9 @@ class LatentCodec:
         config = dict(self.vae.config)
         if config.get("force_upcast"):
             self.vae.to(torch.float32)
-        if tiling:
-            self.vae.enable_tiling()
-        if slicing:
-            self.vae.enable_slicing()
+        for name, wanted in (("tiling", tiling), ("slicing", slicing)):
+            if wanted:
+                _enable(self.vae, name)
         if isinstance(getattr(self.vae, "latents_mean", None), Tensor):  # LTX-Video's are weights
             config |= {"latents_mean": self.vae.latents_mean, "latents_std": self.vae.latents_std}
         self.space = LatentSpace.of(config)
@@ -133,22 +136,68 @@ class LatentCodec:
         return mean + std * noise.to(mean.device)
 
     @torch.no_grad()
+    def encode_frames(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents ``(B, n, C, h, w)`` of frames ``(B, n, 3, H, W)``, each coded as an image."""
+        latents = self.encode(frames.flatten(0, 1), generator)
+        if self.encodes_videos:
+            latents = latents[:, :, 0]
+        return latents.unflatten(0, frames.shape[:2])
+
+    @torch.no_grad()
+    def round_trip(self, frames: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Frames ``(B, n, 3, H, W)`` encoded and decoded, each as an image, and not clamped.
+
+        What is real then bears the VAE's marks as :meth:`decode_frames` leaves them, and nothing
+        can be told from it by them.
+        """
+        latents = self.encode_frames(frames, generator)
+        return self._pixels(latents.flatten(0, 1)).unflatten(0, frames.shape[:2])
+
+    @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1] of latents ``(B, C, H, W)`` or ``(B, C, F, H, W)``, float32."""
+        return self._pixels(latents).clamp(-1, 1)
+
+    def decode_frames(self, latents: Tensor, frames: Tensor, checkpointed: bool = False) -> Tensor:
+        """Some frames of videos as pixels ``(B, n, 3, H, W)``, with gradient to the latents.
+
+        A VAE for images decodes these frames alone. One for videos decodes the whole clip, since a
+        frame depends on those before it; that costs the memory and time of all frames.
+
+        Pixels are not clamped, and so may be a little outside [-1, 1]: clamped ones would have no
+        gradient there, and what overshoots could not be put right.
+
+        Args:
+            latents: ``(B, C, F, h, w)``.
+            frames: ``(B, n)``, numbers of frames in pixels, which with a VAE for images are those
+                in latents.
+            checkpointed: keep only the decoder's input for the backward pass and compute the rest
+                once more, ``B`` frames at a time, or a whole clip.
+        """
+        if self.encodes_videos:
+            return chosen_frames(self._pixels(latents, checkpointed), frames)
+        chosen = chosen_frames(latents, frames.to(latents.device)).transpose(1, 2)
+        return self._pixels(chosen, checkpointed).transpose(1, 2)
+
+    def _pixels(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
+        """Decodes ``(B, C, H, W)`` or ``(B, C, F, H, W)``, float32, as the VAE gives it."""
         z = self.space.restored(latents.to(self.device)).to(self.vae.dtype)
+        decode: Any = self._decode_part
+        if checkpointed:
+            decode = partial(checkpoint, decode, use_reentrant=False)
         if z.ndim == 5 and not self.encodes_videos:
             images = z.transpose(1, 2).flatten(0, 1)
             # As many images at a time as there are videos: frames do not multiply the memory.
-            found = [self.vae.decode(part).sample for part in images.split(len(z))]
+            found = [decode(part) for part in images.split(len(z))]
             pixels = _videos(torch.cat(found), len(z))
         elif z.ndim == 4 and self.encodes_videos:
-            pixels = self._decode_video(z[:, :, None])[:, :, 0]
+            pixels = decode(z[:, :, None])[:, :, 0]
         else:
-            pixels = self._decode_video(z) if self.encodes_videos else self.vae.decode(z).sample
-        return pixels.float().clamp(-1, 1)
+            pixels = decode(z)
+        return pixels.float()
 
-    def _decode_video(self, z: Tensor) -> Tensor:
-        # Such a decoder may denoise a little itself; at time 0, its pipeline's, it does not.
+    def _decode_part(self, z: Tensor) -> Tensor:
+        # A decoder for videos may denoise a little itself; at time 0, its pipeline's, it does not.
         time = (z.new_zeros(len(z)),) if self._decode_time else ()
         pixels: Tensor = self.vae.decode(z, *time).sample
         return pixels
@@ -166,6 +215,25 @@ class LatentCodec:
         means = _videos(torch.cat([mean for mean, _ in found]), batch)
         stds = [std for _, std in found if std is not None]
         return means, _videos(torch.cat(stds), batch) if stds else None
+
+
+def _enable(vae: Any, name: str) -> None:
+    try:
+        getattr(vae, f"enable_{name}")()
+    except (AttributeError, NotImplementedError) as error:
+        raise FewstepError(
+            f"An {type(vae).__name__} has no {name}; leave vae_{name} out."
+        ) from error
+
+
+def chosen_frames(video: Tensor, frames: Tensor) -> Tensor:
+    """Frames ``(B, n, C, H, W)`` of videos ``(B, C, F, H, W)``, others in each sample.
+
+    Args:
+        frames: ``(B, n)``, their numbers.
+    """
+    samples = torch.arange(len(video), device=video.device)
+    return video.transpose(1, 2)[samples[:, None], frames.to(video.device)]
 
 
 def _mean_and_std(encoded: Any) -> tuple[Tensor, Tensor | None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 from dataclasses import dataclass
 from itertools import takewhile
@@ -15,7 +16,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import FewstepError
 from fewstep.networks.lora import LoRADenoiser, is_lora_spec, rebuild
 from fewstep.networks.lora_files import merged_denoiser
-from fewstep.networks.pipelines import load_denoiser_of
+from fewstep.networks.pipelines import load_denoiser_of, read_null
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder, read_tensors
 
 METADATA_KEY = "fewstep"
@@ -105,12 +106,15 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     return checkpoint
 
 
-def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
+def load_denoiser(
+    where: str | Path, role: str = "ema", base: str | Path | None = None
+) -> LoadedDenoiser:
     """Rebuilds the trained denoiser a checkpoint holds, frozen and in eval mode.
 
     Args:
         where: see :func:`find_checkpoint`.
         role: whose weights to take; ``ema`` falls back to ``student`` in runs without EMA.
+        base: where a LoRA's base is now, see :func:`untrained`.
     """
     path = find_checkpoint(where)
     sharded = is_sharded_checkpoint(path)
@@ -126,11 +130,11 @@ def load_denoiser(where: str | Path, role: str = "ema") -> LoadedDenoiser:
     }
     if not weights:
         raise FewstepError(f"'{path}' holds no weights of a role named '{role}'.")
-    denoiser = untrained(metadata)
+    denoiser = untrained(metadata, base)
     denoiser.load_state_dict(weights)
     denoiser.requires_grad_(False).eval()
     origins = metadata.get("frozen", {}).values()
-    pipeline = next((o["pipeline"] for o in origins if "pipeline" in o), None)
+    pipeline = next((_still_there(o["pipeline"]) for o in origins if "pipeline" in o), None)
     return LoadedDenoiser(denoiser, str(path), _sha256(path), role, pipeline)
 
 
@@ -139,10 +143,14 @@ def on_its_own(denoiser: Denoiser) -> Denoiser:
     return merged_denoiser(denoiser) if isinstance(denoiser, LoRADenoiser) else denoiser
 
 
-def untrained(metadata: dict[str, Any]) -> Denoiser:
+def untrained(metadata: dict[str, Any], base: str | Path | None = None) -> Denoiser:
     """The denoiser a checkpoint's metadata describe, before its weights are loaded.
 
-    A LoRA is put on its base, which is read from where the run read it.
+    Args:
+        metadata: the checkpoint's.
+        base: what a LoRA is put on: a pipeline's folder or a checkpoint, wherever it is now. By
+            default it is read from where the run read it or, if it is gone from there, from where
+            the environment variable ``FEWSTEP_BASE`` says.
 
     Raises:
         FewstepError: if the base is not there, or another one than the LoRA was trained on.
@@ -151,21 +159,44 @@ def untrained(metadata: dict[str, Any]) -> Denoiser:
     if not is_lora_spec(spec):
         return Denoiser.from_spec(spec)
     origin = metadata["frozen"]["teacher"]
-    if origin["weights"] == "pipeline":
-        pipeline = load_denoiser_of(origin["source"])
-        found, sha256 = pipeline.denoiser, pipeline.sha256
-    else:
-        loaded = load_denoiser(origin["source"], origin["weights"])
-        found, sha256 = on_its_own(loaded.denoiser), loaded.sha256
+    where = str(base or _still_there(origin["source"]))
+    found, sha256 = _read_base(where, origin)
     if sha256 != origin["sha256"]:
         raise FewstepError(
-            f"'{origin['source']}' has changed since this LoRA was trained on it: its sha256 was "
-            f"{origin['sha256'][:16]}.. and is {sha256[:16]}... Restore the base."
+            f"'{where}' is another base, or has changed since this LoRA was trained on it: its "
+            f"sha256 was {origin['sha256'][:16]}.. and is {sha256[:16]}... {_GIVE_BASE}"
         )
     # Of the run's own sample shape, which need not be what the pipeline was made for.
-    base = Denoiser.from_spec({**spec, "alpha_floor": found.alpha_floor})
-    base.load_state_dict(found.state_dict())
-    return rebuild(base, spec)
+    own = Denoiser.from_spec({**spec, "alpha_floor": found.alpha_floor})
+    if own.backbone.guidance_input is not None:  # which the base itself need not have
+        found.backbone.add_guidance_input(own.backbone.config["guidance_embedding_dim"])
+    own.load_state_dict(found.state_dict())
+    return rebuild(own, spec)
+
+
+_GIVE_BASE = (
+    "Say where the base is: --base FOLDER for `fewstep export`, --model.init_args.teacher FOLDER "
+    "for the run's own commands, FEWSTEP_BASE=FOLDER in the environment for anything else."
+)
+
+
+def _still_there(source: str) -> str:
+    moved = os.environ.get("FEWSTEP_BASE")
+    return source if moved is None or Path(source).exists() else moved
+
+
+def _read_base(where: str, origin: dict[str, str]) -> tuple[Denoiser, str]:
+    """A LoRA's base and its hash."""
+    try:
+        if origin["weights"] != "pipeline":
+            loaded = load_denoiser(where, origin["weights"])
+            return on_its_own(loaded.denoiser), loaded.sha256
+        empty = origin.get("empty")
+        null = read_null(empty) if empty is not None and Path(empty).is_file() else None
+        pipeline = load_denoiser_of(where, null=null)
+    except FewstepError as error:
+        raise FewstepError(f"The base of this LoRA cannot be read. {error} {_GIVE_BASE}") from error
+    return pipeline.denoiser, pipeline.sha256
 
 
 def _sha256(path: Path) -> str:

@@ -151,6 +151,12 @@ def share_base(teacher: Denoiser, lora: LoRA, seed: int = 0) -> SharedBase:
             "for another LoRA."
         )
     patterns, names = find_targets(network, lora.target_modules)
+    added = teacher.backbone.added_layer
+    if added is not None and added not in names:
+        raise FewstepError(
+            f"lora.target_modules leaves out '{added}', the new input for the guidance scale, "
+            "which would stay without effect. Add 'cond_proj', or set guidance_embedding: false."
+        )
     lora = replace(lora, alpha=lora.scale * lora.rank, target_modules=patterns)
     base = SharedTeacher(
         teacher.backbone, teacher.schedule, teacher.prediction_type, teacher.alpha_floor

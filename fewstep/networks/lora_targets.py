@@ -31,14 +31,16 @@ RESNETS = (
 # all the same. PCM adapts attention and both feed-forward networks of SD3, the two streams alike;
 # its released list misses the text's q, k and v by a leading dot. diffusers' LoRA scripts of SD3
 # and Flux name the same layers; all other transformers follow them.
-UNET_TARGETS = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out", *RESNETS)
+# None of them has an input for the guidance scale; where a U-Net has one, it is adapted too.
+GUIDANCE_INPUT = "cond_proj"
+UNET_TARGETS = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out", *RESNETS, GUIDANCE_INPUT)
 TRANSFORMER_TARGETS = (*ATTENTION, *FEED_FORWARD)
 TARGETS: dict[str, tuple[str, ...]] = {
     "UNet2DConditionModel": UNET_TARGETS,
     "UNet3DConditionModel": UNET_TARGETS,
     # Without the motion modules' projections, whose input is named in a way that peft's layers do
     # not know: a file with them would be of no use in diffusers.
-    "UNetMotionModel": (*ATTENTION, *FEED_FORWARD, *RESNETS),
+    "UNetMotionModel": (*ATTENTION, *FEED_FORWARD, *RESNETS, GUIDANCE_INPUT),
 }
 
 _ADAPTABLE = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Denoiser
@@ -84,9 +86,8 @@ def load_denoiser_of(
         where: the pipeline's folder, or a name on the Hugging Face hub that is in its local cache.
         size: height and width of samples in pixels; by default what the pipeline was made for.
         frames: of videos, in pixels; by default as many as the pipeline makes.
-        null: what the unconditional branch gets, each ``(1, ...)``, if it is at hand (encoded
-            shards have it in ``empty.safetensors``, without the batch dimension); otherwise the
-            text encoders are loaded once to make it, and let go.
+        null: what the unconditional branch gets, each ``(1, ...)``, if it is at hand (see
+            :func:`read_null`); otherwise the text encoders are loaded once to make it, and let go.
         device, dtype: of text encoders and VAE. The denoiser is on the CPU.
         network_dtype: of the denoising network's weights; half precision suits frozen ones.
 
@@ -110,6 +111,21 @@ def load_denoiser_of(
     schedule, prediction_type = read_schedule(folder, backbone.num_tokens)
     denoiser = Denoiser(backbone, schedule, prediction_type).requires_grad_(False).eval()
     return LoadedPipeline(denoiser, folder, str(where), family, configs.size, device, dtype)
+
+
+def read_null(path: str | Path) -> dict[str, Tensor]:
+    """What the unconditional branch gets, each ``(1, ...)``, as ``fewstep shards encode`` wrote it.
+
+    Raises:
+        FewstepError: if the file is missing or damaged.
+    """
+    try:
+        return {name: value[None] for name, value in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise FewstepError(
+            f"Cannot read the null condition '{path}' ({error}); `fewstep shards encode` writes it "
+            "as empty.safetensors beside the encoded shards."
+        ) from error
 
 
 def network_parts(folder: Path, family: Family) -> list[str]:
@@ -141,4 +157,4 @@ def _is_bare_unet(folder: Path, family: Family) -> bool:
     return name == "UNet2DConditionModel"
 
 
-__all__ = ["DiffusersBackbone", "LoadedPipeline", "load_denoiser_of"]
+__all__ = ["DiffusersBackbone", "LoadedPipeline", "load_denoiser_of", "read_null"]

@@ -1,6 +1,7 @@
-"""What ``fewstep evaluate`` can measure besides this project's own checkpoints."""
+"""What can be measured and drawn besides this project's own checkpoints."""
 
 from scripts.evaluate.finished import FinishedSamples
+from scripts.evaluate.given_noise import DrawnPipeline, exported_steps
 from scripts.evaluate.pipelines import PipelineSampler
 
-__all__ = ["FinishedSamples", "PipelineSampler"]
+__all__ = ["DrawnPipeline", "FinishedSamples", "PipelineSampler", "exported_steps"]

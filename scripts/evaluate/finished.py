@@ -10,9 +10,10 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules import Mixed, Shards
+from datamodules import Shards
 from datamodules.contents import name_of_files
 from datamodules.fields import Caption, Field, Images, Videos
+from datamodules.several import Several
 from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
 from scripts.evaluate.standing import StandIn
@@ -43,7 +44,7 @@ class FinishedSamples(StandIn):
         most: int | None = None,
     ) -> None:
         super().__init__("samples", [num_steps], guidance)
-        own = data.reference if isinstance(data, Mixed) else data
+        own = data.reference if isinstance(data, Several) else data
         if not isinstance(own, Shards) or not isinstance(own.sample, Images | Videos):
             raise FewstepError(
                 "Finished samples are decoded as the experiment's data are, but this experiment's "

@@ -15,7 +15,7 @@ from fewstep.errors import FewstepError
 from fewstep.seeding import Generators, torch_generator
 from scripts.evaluate.counting import counted, runs_twice
 from scripts.evaluate.standing import StandIn
-from scripts.export.calls import Call, read_calls, visiting
+from scripts.export.calls import Call, drawing_from, read_calls, visiting
 
 ROLE = "pipeline"
 
@@ -72,13 +72,20 @@ class PipelineSampler(StandIn):
 
     def setup(self, stage: str) -> None:
         """Moves the pipeline to this rank's device and finds out what shape its samples have."""
-        # Lightning moves the module itself only later.
-        self._device = self.trainer.strategy.root_device
-        self._pipeline.to(self._device)
+        self.move_pipeline()
         labels = torch.zeros(1, dtype=torch.long)
         source = [torch_generator(0, "probe")]
         probe = self.sample(labels, {"class_labels": labels}, min(self.steps), source, prompt=[""])
         self.sample_shape = tuple(probe.shape[1:])
+
+    def move_pipeline(self) -> None:
+        """Moves the pipeline to this rank's device; Lightning moves the module itself later."""
+        self._device = self.trainer.strategy.root_device
+        self._pipeline.to(self._device)
+
+    def start(self, noise: Tensor) -> dict[str, Any]:
+        """What the pipeline starts from; by default it draws that itself."""
+        return {}
 
     def sampling_evaluations(self, num_steps: int, role: str | None = None) -> int:
         """Network evaluations a sample, as counted; or, before it was, in proportion to steps."""
@@ -110,7 +117,7 @@ class PipelineSampler(StandIn):
         """Pixels in [-1, 1], ``(B, C, H, W)`` or ``(B, C, F, H, W)``, on this rank's device.
 
         Args:
-            noise: only its number of samples counts.
+            noise: only its number of samples counts, unless :meth:`start` says otherwise.
             cond: of its entries only ``class_labels``.
             num_steps: sampling steps.
             generator: one a sample.
@@ -122,11 +129,15 @@ class PipelineSampler(StandIn):
         """
         stated = self._calls.get(num_steps, Call(num_steps, {}))
         given: dict[str, Any] = {"num_inference_steps": num_steps, "output_type": "np"}
-        given |= stated.arguments
+        given |= {**stated.arguments, **self.start(noise)}
         if "guidance_scale" in self._takes:
             given["guidance_scale"] = self.guidance
         scheduler = getattr(self._pipeline, "scheduler", None)
-        with visiting(scheduler, stated.visit), counted(self._pipeline) as count:
+        with (
+            visiting(scheduler, stated.visit),
+            drawing_from(scheduler, generator),
+            counted(self._pipeline) as count,
+        ):
             made = self._pipeline(
                 **self._asked(len(noise), cond or {}, prompt),
                 **{name: value for name, value in given.items() if name in self._takes},

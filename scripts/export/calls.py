@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import wraps
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
+from fewstep.seeding import Generators
 
 FILE_NAME = "fewstep.json"
 
@@ -82,3 +85,22 @@ def visiting(scheduler: Any, times: Mapping[str, Any]) -> Iterator[None]:
         yield
     finally:
         del scheduler.set_timesteps
+
+
+@contextmanager
+def drawing_from(scheduler: Any, generator: Generators) -> Iterator[None]:
+    """Lets a scheduler draw from the generators of the call, where the pipeline hands it none."""
+    original = getattr(scheduler, "step", None)
+    if original is None or "generator" not in inspect.signature(original).parameters:
+        yield
+        return
+
+    @wraps(original)  # pipelines look at its signature
+    def step(*args: Any, **kwargs: Any) -> Any:
+        return original(*args, **{"generator": generator, **kwargs})
+
+    scheduler.step = step
+    try:
+        yield
+    finally:
+        del scheduler.step

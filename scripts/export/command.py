@@ -15,6 +15,7 @@ EPILOG = """\
   fewstep export runs/sd15/pcm_4 --dest exports/pcm_4
   fewstep export runs/sd15/lcm/version_0 --dest exports/lcm --steps 2 4 --half
   fewstep evaluate -c sd15/pcm_4 --pipeline exports/pcm_4 --steps 4
+  fewstep sample -c sd15/pcm_4 --pipeline exports/pcm_4     # from the same noise as the run's
 
 Each scheduler is run beside the student's own sampler before it is written; where diffusers has
 none that does the same, the export is refused.
@@ -37,6 +38,7 @@ def main(arguments: list[str]) -> None:
             checkpoint=options.checkpoint,
             folder=options.dest,
             pipeline=options.pipeline,
+            base=options.base,
             role=options.role,
             steps=options.steps,
             guidance=options.guidance,
@@ -71,6 +73,11 @@ def _parser() -> argparse.ArgumentParser:
         "--pipeline",
         metavar="FOLDER",
         help="the base pipeline, for VAE and text encoders; by default what the checkpoint says",
+    )
+    parser.add_argument(
+        "--base",
+        metavar="FOLDER_OR_CHECKPOINT",
+        help="where the base of a LoRA student is now, if it has moved; its hash is checked",
     )
     parser.add_argument("--role", default="ema", help="whose weights: ema (default) or student")
     parser.add_argument(

@@ -15,6 +15,7 @@ from fewstep.networks.folders import find_folder, read_json, vae_factors, weight
 from fewstep.networks.lora import LoRADenoiser
 from fewstep.networks.lora_files import save_adapter
 from fewstep.networks.pipelines import network_parts
+from lightning_modules.roles import is_pipeline
 from scripts.export.calls import Call
 from scripts.export.folder import check_base, write_pipeline
 from scripts.export.matching import FrontEnd
@@ -42,6 +43,7 @@ def export_pipeline(request: Request, student: Student, folder: Path) -> Exporte
         calls.append(Call(chain.num_steps, arguments, way.visit, chain.times.tolist()))
     name, adapted = request.folder.name, ""
     if isinstance(denoiser, LoRADenoiser):
+        _check_adapter_fits(base, family, denoiser)
         name, adapted = str(request.pipeline or base), request.folder.name
         save_adapter(denoiser, folder)
         match.scheduler.save_pretrained(folder / "scheduler")
@@ -59,8 +61,9 @@ def base_pipeline(request: Request, record: dict[str, Any]) -> Path:
     Raises:
         FewstepError: if the checkpoint names none, or it is not here.
     """
-    if request.pipeline is not None:
-        return find_folder(request.pipeline)
+    given = request.pipeline or _pipeline_of_base(request)
+    if given is not None:
+        return find_folder(given)
     origins = [origin.get("pipeline") for origin in record.get("frozen", {}).values()]
     folder = next(filter(None, origins), None)
     if folder is None:
@@ -75,6 +78,12 @@ def base_pipeline(request: Request, record: dict[str, Any]) -> Path:
             f"The base pipeline '{folder}', which the checkpoint names, is not here; give it: "
             "--pipeline FOLDER."
         ) from error
+
+
+def _pipeline_of_base(request: Request) -> str | Path | None:
+    """The folder that was given as a LoRA's base, if it is a pipeline's."""
+    folder = request.base
+    return folder if folder is not None and is_pipeline(str(folder)) else None
 
 
 def _guidance(family: Family, student: Student) -> dict[str, Any]:
@@ -99,6 +108,15 @@ def _guidance(family: Family, student: Student) -> dict[str, Any]:
             f"{family.pipeline} does not give its network; train it without to export it."
         )
     return {"guidance_scale": embedded}
+
+
+def _check_adapter_fits(base: Path, family: Family, denoiser: LoRADenoiser) -> None:
+    there = read_json(base / family.part / "config.json")
+    if denoiser.backbone.guidance_input is not None and not there.get("time_cond_proj_dim"):
+        raise FewstepError(
+            "This LoRA adapts an input for the guidance scale (guidance_embedding), which the base "
+            "pipeline's network has not; leave --adapter out to export the merged network."
+        )
 
 
 def _size(base: Path, family: Family, shape: tuple[int, ...]) -> dict[str, Any]:

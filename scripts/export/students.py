@@ -37,6 +37,7 @@ class Request:
     checkpoint: str | Path
     folder: Path
     pipeline: str | Path | None = None
+    base: str | Path | None = None
     role: str = "ema"
     steps: Sequence[int] | None = None
     guidance: float | None = None
@@ -90,7 +91,7 @@ def read_student(request: Request) -> Student:
     path = find_checkpoint(request.checkpoint)
     checkpoint = read_remainder(path) if is_sharded_checkpoint(path) else read_checkpoint(path)
     record: dict[str, Any] = checkpoint[METADATA_KEY]
-    loaded = load_denoiser(path, request.role)
+    loaded = load_denoiser(path, request.role, request.base)
     denoiser = _whole(loaded.denoiser, request.adapter)
     plain_network(denoiser)  # refuses what is none before anything is done
     steps = sorted(set(request.steps or default_steps(record)))

@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from datamodules import Mixed, Shards
+from datamodules import Mixed, Shards, VideosWithImages
 from datamodules.index import SUFFIX, summary
+from datamodules.several import Several
 from fewstep.contracts import Batch
 from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
@@ -38,6 +39,8 @@ def data_of(datamodule: pl.LightningDataModule | None) -> Data:
     if isinstance(datamodule, Mixed):
         datamodule = datamodule.reference
         return Data(datamodule.batch_size, None, "a mixed stream has no epochs")
+    if isinstance(datamodule, VideosWithImages):
+        datamodule = datamodule.videos
     batch_size = int(getattr(datamodule, "batch_size", 1))
     if not isinstance(datamodule, Shards):
         return Data(batch_size, None, "these data are made as they are needed")
@@ -76,7 +79,7 @@ def example_batch(
     Raises:
         FewstepError: if the data alone know the shape of a condition.
     """
-    data = datamodule.reference if isinstance(datamodule, Mixed) else datamodule
+    data = datamodule.reference if isinstance(datamodule, Several) else datamodule
     conditions = dict(getattr(data, "conditions", {}))
     accepted = inspect.signature(model.student.backbone.forward).parameters
     if not isinstance(data, Shards) and "class_labels" in accepted:
@@ -91,6 +94,6 @@ def example_batch(
 
 
 def _text(backbone: Backbone, size: int) -> dict[str, Any]:
-    """Conditions as long as the backbone's null condition, where it knows one."""
-    shapes = backbone.config.get("null", {}) if isinstance(backbone, DiffusersBackbone) else {}
-    return {name: torch.zeros(size, *shape[1:]) for name, shape in shapes.items() if shape}
+    """Conditions of the shapes that the backbone knows."""
+    shapes = backbone.text_shapes if isinstance(backbone, DiffusersBackbone) else {}
+    return {name: torch.zeros(size, *shape) for name, shape in shapes.items()}

@@ -119,10 +119,19 @@ CASES = {
     "sd_told_guidance": consistent(
         save_told_guidance, "TCDScheduler", guidance_embedding=True, guidance_range=(2.0, 5.0)
     ),
+    "sd_newly_told_guidance": consistent(
+        SD, "TCDScheduler", guidance_embedding=True, guidance_range=(2.0, 5.0)
+    ),
+    "sdxl_newly_told_guidance": consistent(
+        save_stable_diffusion_xl, "TCDScheduler", guidance_embedding=True, guidance_range=(2.0, 8.0)
+    ),
 }
 LAYOUTS: dict[Any, Callable[[Tensor], Tensor]] = {save_flux: packed, save_ltx: ltx_tokens}
 """What these pipelines make of latents, where they are not plain."""
-QUICK = ("sd_pcm_4_guided_other_edges", "sd_cm_guided", "sd3_pcm_4_guided", "sd3_cm_guided")
+QUICK = (
+    *("sd_pcm_4_guided_other_edges", "sd_cm_guided", "sd3_pcm_4_guided", "sd3_cm_guided"),
+    "sd_newly_told_guidance",
+)
 """Always tested; the rest takes longer."""
 
 

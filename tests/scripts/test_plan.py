@@ -17,15 +17,24 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import scripts.trainer
-from datamodules import Digits
+from datamodules import Digits, Shards
+from datamodules.fields import Caption, Images
 from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks import DiT
-from lightning_modules import ConsistencyDistillation, DiffusionTraining, FewStepModule
+from fewstep.networks.pipelines import load_denoiser_of
+from lightning_modules import (
+    ConsistencyDistillation,
+    DiffusionTraining,
+    FewStepModule,
+    Pretrained,
+)
 from scripts.main import main, run
 from scripts.plan import Plan, Strategy, plan_of
 from scripts.plan.roles import architecture_of, parameters_on_meta
 from scripts.plan.step import ATTENTION, LiveMemory
+
+from tiny_pipelines import save_stable_diffusion_xl
 
 EXPERIMENTS = ["digits/teacher", "digits/lcm", "digits/pcm_1_adversarial"]
 ROOT = Path(__file__).resolve().parents[2]
@@ -252,6 +261,22 @@ def test_sharding_divides_all_but_a_block_and_replication_nothing() -> None:
     casts = replicated.saved["student"] - sharded.saved["student"]
     assert 0 < casts <= alone.roles[0].weights / 2, "FSDP2 keeps casts of no weights"
     assert shards.samples == replicas.samples == 4 * alone.samples
+
+
+def test_text_whose_null_condition_is_zeros_has_a_known_shape(tmp_path: Path) -> None:
+    """SDXL: its unconditional branch gets zeros, so no text encoder says how long text is."""
+    base = save_stable_diffusion_xl(tmp_path / "sdxl")
+    data = Shards("none.tar", "none.tar", 2, Images(16), {"prompt": Caption()})
+    method = ConsistencyDistillation(
+        Pretrained(str(base), (16, 16)), guidance_range=(2.0, 3.0), guidance_embedding=True
+    )
+    plan = plan_of(method, data)
+    assert plan.notes == []
+    assert plan.step is not None
+    assert plan.step.flops > 0
+    backbone = cast(Any, method.student.backbone)
+    encoded = load_denoiser_of(base, (16, 16)).text.encode(["a"])
+    assert backbone.text_shapes == {name: value.shape[1:] for name, value in encoded.items()}
 
 
 def test_an_optimiser_that_cannot_be_tried_is_taken_for_adam() -> None:

@@ -58,6 +58,12 @@ class DiffusersBackbone(Backbone):
         patch = self.network.config.get("patch_size") or 1
         return (height // patch) * (width // patch)
 
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of a sample's conditionings, where the null condition says them."""
+        null = self.config["null"]
+        return {name: tuple(shape[1:]) for name, shape in null.items() if shape is not None}
+
     def fill_null(self, values: Cond) -> None:
         """Takes the values of the null condition, each ``(1, ...)``."""
         for name, shape in self.config["null"].items():

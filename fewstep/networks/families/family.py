@@ -42,6 +42,10 @@ def _no_options(_configs: Configs) -> dict[str, Any]:
     return {}
 
 
+def _as_they_are(latents: Tensor) -> Tensor:
+    return latents
+
+
 def _none(_index: Mapping[str, Any]) -> tuple[str, ...]:
     return ()
 
@@ -64,6 +68,7 @@ class Family:
         options: further arguments of the backbone.
         zero_null: of which conditionings the unconditional branch gets zeros, so that no text
             encoder is needed to know them; from the pipeline's configuration. All or none.
+        pipeline_latents: lays latents ``(B, C, ...)`` out as the pipeline's call takes them.
     """
 
     pipeline: str
@@ -76,6 +81,7 @@ class Family:
     options: Callable[[Configs], dict[str, Any]] = _no_options
     sized: Callable[[tuple[int, int]], Conditions] | None = None
     zero_null: Callable[[Mapping[str, Any]], tuple[str, ...]] = _none
+    pipeline_latents: Callable[[Tensor], Tensor] = _as_they_are
 
 
 def encode_plain(pipeline: Any, prompts: list[str], guided: bool) -> Branches:

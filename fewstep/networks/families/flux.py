@@ -100,4 +100,5 @@ FAMILY = Family(
     latent_channels=lambda config: int(config["in_channels"]) // 4,
     latent_size=128,
     patch=2,
+    pipeline_latents=packed,
 )

@@ -60,7 +60,7 @@ class LTX(TransformerBackbone):
         """Args: ``x_t (B, C, F, H, W)``, ``t (B,)``, text ``(B, L, D)``, its mask ``(B, L)``."""
         frames, height, width = x_t.shape[2:]
         tokens: Tensor = self.network(
-            x_t.flatten(2).transpose(1, 2),
+            packed(x_t),
             encoder_hidden_states=encoder_hidden_states,
             timestep=t,
             encoder_attention_mask=encoder_attention_mask,
@@ -73,9 +73,14 @@ class LTX(TransformerBackbone):
         return tokens.transpose(1, 2).unflatten(2, (frames, height, width))
 
 
+def packed(latents: Tensor) -> Tensor:
+    """Latents ``(B, C, F, H, W)`` as tokens ``(B, F * H * W, C)``."""
+    return latents.flatten(2).transpose(1, 2)
+
+
 def _options(configs: Configs) -> dict[str, Any]:
     time, space = configs.factors
     return {"rope_scale": (time / PIPELINE_FRAME_RATE, space, space)}
 
 
-FAMILY = Family("LTXPipeline", LTX, encode=encode_masked, options=_options)
+FAMILY = Family("LTXPipeline", LTX, encode=encode_masked, options=_options, pipeline_latents=packed)

@@ -22,6 +22,8 @@ from fewstep.networks.families.base import NullShapes
 from fewstep.networks.families.family import Branches, Configs, Family
 from fewstep.networks.families.unets import UNetBackbone
 
+CLIP_TOKENS = 77
+
 
 class SDXL(UNetBackbone):
     """``diffusers.UNet2DConditionModel`` with pooled text and the image's sizes.
@@ -44,6 +46,16 @@ class SDXL(UNetBackbone):
         super().__init__(network, sample_shape, null, guidance_embedding_dim)
         self.config["pixel_size"] = list(pixel_size)
         self._own_size = Table(list(time_ids(pixel_size)))
+
+    @property
+    def text_shapes(self) -> dict[str, tuple[int, ...]]:
+        """As the network's own sizes say, whose null condition may be zeros of any."""
+        config = self.network.config
+        numbers = 6 * config["addition_time_embed_dim"]
+        return {
+            "encoder_hidden_states": (CLIP_TOKENS, config["cross_attention_dim"]),
+            "text_embeds": (config["projection_class_embeddings_input_dim"] - numbers,),
+        }
 
     def forward(
         self,

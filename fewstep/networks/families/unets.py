@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fewstep.networks.families.base import DiffusersBackbone, NullShapes
+from fewstep.networks.families.base import DiffusersBackbone, NullShapes, plain_config
 
 
 class UNetBackbone(DiffusersBackbone):
@@ -33,6 +33,24 @@ class UNetBackbone(DiffusersBackbone):
         dim = self.network.config.get("time_cond_proj_dim") or 0
         self.config["guidance_embedding_dim"] = dim
         self.guidance_input = "timestep_cond" if dim else None
+
+    def add_guidance_input(self, dim: int) -> None:
+        """Adds what diffusers builds for a ``time_cond_proj_dim``, with weights of zero.
+
+        A linear map of the embedding ``(B, dim)``, added to the time's own embedding (Luo et al.
+        2023, latent consistency models, after Meng et al. 2022).
+        """
+        if self.guidance_input is not None:
+            return
+        embedding = self.network.time_embedding
+        like = embedding.linear_1.weight
+        layer = nn.Linear(dim, like.shape[1], bias=False, device=like.device, dtype=like.dtype)
+        nn.init.zeros_(layer.weight)
+        embedding.cond_proj = layer.requires_grad_(like.requires_grad)
+        self.network.register_to_config(time_cond_proj_dim=dim)
+        self.config |= {"network": plain_config(self.network), "guidance_embedding_dim": dim}
+        self.guidance_input = "timestep_cond"
+        self.added_layer = "time_embedding.cond_proj"
 
     @property
     def feature_blocks(self) -> dict[str, int]:
