@@ -43,7 +43,8 @@ class Evaluation(Callback):
         batch_size: samples generated at a time by a rank.
         seeds: seeds of the evaluation's noise; each gives a measurement of its own.
         against: what samples are compared with: the data set, and samples of the teacher from
-            noise of their own, whose values are called ``.._to_teacher``.
+            noise of their own, whose values are called ``.._to_teacher``. Beside the data, a teacher
+            that a method does not have is left out: a folder's experiments can share a setting.
         teacher_steps: sampling steps of the teacher where students are compared with it.
         references: folder of reference statistics, which are computed once for a data set,
             features and protocol; below FEWSTEP_CACHE by default.
@@ -160,7 +161,7 @@ class Evaluation(Callback):
         pl_module.eval()
         try:
             self._load(scene)
-            matrix = Matrix(scene, self.references, self.against, num_samples)
+            matrix = Matrix(scene, self.references, self._compared(scene), num_samples)
             found = matrix.measure(cells)
         finally:
             pl_module.train(was_training)
@@ -171,10 +172,15 @@ class Evaluation(Callback):
         self._report(trainer, found)
         return found
 
+    def _compared(self, scene: Scene) -> list[Against]:
+        if "data" not in self.against or "teacher" in scene.sampler.sampling_roles():
+            return self.against
+        return ["data"]
+
     def _check(self, scene: Scene) -> None:
         """Looks for what an evaluation needs beside the networks of its metrics."""
         _ = scene.data
-        for against in self.against:
+        for against in self._compared(scene):
             check_against(scene, against)
         known = scene.sampler.sampling_roles()
         for role in self.roles or []:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 from datamodules.fields import Caption, ClassLabel, Images, Videos
 from datamodules.moving_clips import Kind, Scene, write_moving_digits
 from datamodules.streaming import Shards
+from fewstep.contracts import Batch
 
 
 class MovingDigits(Shards):
@@ -24,6 +27,8 @@ class MovingDigits(Shards):
         image_size: side of a frame.
         max_digits: a clip has one digit to this many.
         blur: of watermarked clips, standard deviation in pixels.
+        reference: the kind that metrics compare with, of the same motion where both are videos; by
+            default the data's own.
         batch_size: records a device and update.
         num_workers: loading processes a device.
         seed: of the order and the clips.
@@ -39,6 +44,7 @@ class MovingDigits(Shards):
         image_size: int = 32,
         max_digits: int = 2,
         blur: float = 1.0,
+        reference: Kind | None = None,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -63,6 +69,22 @@ class MovingDigits(Shards):
             seed=seed,
         )
 
+        self.compared: MovingDigits | None = None
+        if reference not in (None, kind):
+            self.compared = MovingDigits(
+                folder,
+                reference,
+                num_clips,
+                num_held_out,
+                num_frames,
+                image_size,
+                max_digits,
+                blur,
+                batch_size=batch_size,
+                num_workers=num_workers,
+                seed=seed,
+            )
+
     def prepare_data(self) -> None:
         """Writes the shards unless they exist."""
         if not self.folder.exists():
@@ -75,3 +97,17 @@ class MovingDigits(Shards):
                 scene=self.scene,
             )
         super().prepare_data()
+        if self.compared is not None:
+            self.compared.prepare_data()
+
+    def reference_batches(self, rank: int = 0, world_size: int = 1) -> Iterable[Batch]:
+        """The training records of the kind that metrics compare with, once, in order."""
+        if self.compared is not None:
+            return self.compared.reference_batches(rank, world_size)
+        return super().reference_batches(rank, world_size)
+
+    def reference_protocol(self) -> dict[str, Any]:
+        """Which records those are."""
+        if self.compared is not None:
+            return self.compared.reference_protocol()
+        return super().reference_protocol()

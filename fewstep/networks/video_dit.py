@@ -119,6 +119,10 @@ class VideoDiT(Backbone):
         width = self.config["num_heads"] * self.config["head_dim"]
         return {f"blocks.{i}": width for i in range(self.config["num_layers"])}
 
+    def feature(self, output: Tensor) -> Tensor:
+        """A block's tokens as a map ``(B, C, F / patch_frames, H / patch, W / patch)``."""
+        return output.transpose(1, 2).unflatten(2, self.grid)
+
     def null_cond(self, cond: Cond) -> dict[str, Tensor]:
         return {"class_labels": torch.full_like(cond["class_labels"], self.num_classes)}
 

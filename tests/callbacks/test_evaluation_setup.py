@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 from callbacks import Evaluation
+from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from fewstep.metrics import FrechetDistance, Metric, SlicedWasserstein
 from lightning_modules import ConsistencyDistillation
@@ -112,6 +114,16 @@ def test_a_teacher_to_compare_with_is_looked_for_at_the_start(
     monkeypatch.setattr(ConsistencyDistillation, "sampling_roles", lambda self: ["student"])
     with pytest.raises(FewstepError, match="has no teacher to compare with"):
         run([Evaluation([SlicedWasserstein()], against=["teacher"]), Refusing()])
+
+
+def test_beside_the_data_a_missing_teacher_is_left_out(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ConsistencyDistillation, "sampling_roles", lambda self: ["student"])
+    callback = Evaluation([SlicedWasserstein()], [1], 50, against=["data", "teacher"])
+    trainer = run([callback], updates=1)
+    results = read_results(Path(trainer.default_root_dir) / FILE_NAME)
+    assert {entry["metric"] for entry in results["measurements"]} == {"sliced_wasserstein"}
 
 
 def test_numbers_of_evaluations_that_never_come_are_not_asked_after(run: Run) -> None:

@@ -50,7 +50,7 @@ class MotionRepresentation(nn.Module):
             raise FewstepError(
                 f"{name} compares consecutive frames, so it needs videos of at least "
                 f"{self.least_frames}, not {frames}. Give more frames, or another motion "
-                "representation, such as fewstep.networks.RawMotion."
+                "representation, such as fewstep.networks.motion.RawMotion."
             )
         self.build(channels, frames, height, width)
 

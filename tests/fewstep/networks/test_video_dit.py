@@ -92,6 +92,16 @@ def test_feature_blocks_are_sub_modules_of_that_width() -> None:
     assert network.feature_blocks == widths
 
 
+@pytest.mark.parametrize("patch_frames", [1, 2])
+def test_features_are_maps_of_patches(patch_frames: int) -> None:
+    network, (clip, _, _) = tiny(patch_frames=patch_frames), inputs()
+    tokens = network._patches(clip)
+    features = network.feature(tokens)
+    assert features.shape == (3, tokens.shape[-1], 4 // patch_frames, 2, 2)
+    first = clip[0, :, -patch_frames:, :4, 4:].flatten()
+    assert torch.equal(features[0, :, -1, 0, 1], first)
+
+
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(FewstepError, match="do not divide into patches"):
         tiny(patch_size=3)
