@@ -100,7 +100,7 @@ class Alarms(Callback):
         self.record += changes
         self._write(trainer)
         for change in changes:
-            say(trainer, _sentence(change))
+            say(trainer, sentence(change))
             name = change["value"].removeprefix("train/")
             for logger in trainer.loggers:
                 logger.log_metrics(
@@ -168,6 +168,16 @@ def read_alarms(folder: Path) -> list[dict[str, Any]]:
         ) from error
 
 
+def sentence(change: dict[str, Any]) -> str:
+    """A line of ``alarms.jsonl`` in words."""
+    mean = f"{change['value']} was {change['mean']:.3g} on average at update {change['update']:,}"
+    if change["state"] == "ended":
+        return f"{mean}, back in its range."
+    low = change["below"] is not None and change["mean"] < change["below"]
+    side = "below" if low else "above"
+    return f"Alarm: {mean}, {side} {change[side]:.3g}. {change['advice']}".rstrip()
+
+
 def _key(alarm: Alarm) -> str:
     """Names an alarm, of which a value may have several."""
     return json.dumps([alarm.value, alarm.below, alarm.above])
@@ -176,12 +186,3 @@ def _key(alarm: Alarm) -> str:
 def _beyond(alarm: Alarm, mean: float) -> bool:
     too_low = alarm.below is not None and mean < alarm.below
     return too_low or (alarm.above is not None and mean > alarm.above)
-
-
-def _sentence(change: dict[str, Any]) -> str:
-    mean = f"{change['value']} was {change['mean']:.3g} on average at update {change['update']:,}"
-    if change["state"] == "ended":
-        return f"{mean}, back in its range."
-    low = change["below"] is not None and change["mean"] < change["below"]
-    side = "below" if low else "above"
-    return f"Alarm: {mean}, {side} {change[side]:.3g}. {change['advice']}".rstrip()

@@ -43,8 +43,8 @@ class Evaluation(Callback):
         batch_size: samples generated at a time by a rank.
         seeds: seeds of the evaluation's noise; each gives a measurement of its own.
         against: what samples are compared with: the data set, and samples of the teacher from
-            noise of their own, whose values are called ``.._to_teacher``. Beside the data, a teacher
-            that a method does not have is left out: a folder's experiments can share a setting.
+            noise of their own, whose values are called ``.._to_teacher``. Where a method has none,
+            it is left out beside the data: a folder's experiments can share a setting.
         teacher_steps: sampling steps of the teacher where students are compared with it.
         references: folder of reference statistics, which are computed once for a data set,
             features and protocol; below FEWSTEP_CACHE by default.

@@ -147,6 +147,12 @@ class FrameAdversary:
             )
         return len(batch["images"]["sample"]) // len(batch["sample"])
 
+    def told_of_images(self) -> str | None:
+        """Which condition of the images beside the videos the heads are told, if any."""
+        if self.real != "images" or self.condition is None:
+            return None
+        return self.condition.name
+
     # ------------------------------------------------------------------ looking
 
     def look(

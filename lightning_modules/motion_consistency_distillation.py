@@ -75,6 +75,9 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
             1, MCM's authors saw artefacts at every number of steps.
         base: options of :class:`ConsistencyDistillation` and of
             :class:`~lightning_modules.base.FewStepModule`.
+
+    Raises:
+        FewstepError: for a chance that is none, or an adversary with a VAE in float16.
     """
 
     def __init__(
@@ -99,6 +102,12 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
             logger.warning(
                 "generated_share is 1: the student sees no real trajectory at all, which MCM's "
                 "authors found to fail (artefacts at 1, 2, 4 and 8 steps). They use 0.5."
+            )
+        if adversary is not None and self.encoder_precision == "float16":
+            raise FewstepError(
+                "encoder_precision is float16, and the adversary's gradient goes through the VAE's "
+                "decoder, where most of it is too small for float16 and would be lost. Set "
+                "encoder_precision: bfloat16, or float32."
             )
         if self.make_motion.trainable:
             self.make_optimizer["motion"] = motion_optimizer
@@ -130,7 +139,18 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         tosses = numpy_generator(run_seed(), f"{stream}-mixing", number).random(world * size)
         mine = tosses[rank * size : (rank + 1) * size] < self.generated_share
         known: Batch = {**batch, "pixels": batch["sample"], "generated": mine.tolist()}
-        return super()._encoded(known, stream, number)
+        encoded = super()._encoded(known, stream, number)
+        if "images" in encoded:
+            encoded["images"] = self._with_text(encoded["images"])
+        return encoded
+
+    def _with_text(self, images: Batch) -> Batch:
+        """The images beside the videos, their prompts encoded if the heads are told of them so."""
+        told = None if self.adversary is None else self.adversary.told_of_images()
+        if told is None or told in images["cond"] or self.companions is None:
+            return images
+        prompts, backbone = images.get("prompt"), self.student.backbone
+        return {**images, "cond": self.companions.with_prompts(images["cond"], prompts, backbone)}
 
     def _latents(self, batch: Batch, noise: Callable[[], Tensor]) -> Tensor:
         """Latents of the samples that trajectories start from; zeros for the others."""

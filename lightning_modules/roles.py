@@ -11,6 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from fewstep.diffusion import Denoiser
+from fewstep.errors import FewstepError
 from fewstep.networks import load_denoiser
 from fewstep.networks.loading import is_checkpoint, on_its_own
 from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of, read_null
@@ -25,6 +26,11 @@ class Pretrained:
         frames: of videos, in pixels.
         empty: file of what the unconditional branch gets, as ``fewstep shards encode`` writes it
             (``empty.safetensors``), so that no text encoder need be loaded.
+        negative_prompt: what the unconditional branch gets instead of the empty prompt, for all
+            samples alike; encoded once.
+
+    Raises:
+        FewstepError: if both say what it gets.
     """
 
     def __init__(
@@ -33,16 +39,24 @@ class Pretrained:
         size: tuple[int, int] | None = None,
         frames: int | None = None,
         empty: str | None = None,
+        negative_prompt: str | None = None,
     ) -> None:
+        if empty is not None and negative_prompt is not None:
+            raise FewstepError(
+                "`empty` and `negative_prompt` both say what the unconditional branch gets; leave "
+                "one of them out."
+            )
         self.folder = folder
         self.size = size
         self.frames = frames
         self.empty = empty
+        self.negative_prompt = negative_prompt
 
     def load(self) -> LoadedPipeline:
         """Loads the denoiser; text encoders and VAE wait until they are needed."""
         null = None if self.empty is None else read_null(self.empty)
-        return load_denoiser_of(self.folder, self.size, self.frames, null)
+        negative = self.negative_prompt
+        return load_denoiser_of(self.folder, self.size, self.frames, null, negative_prompt=negative)
 
 
 TeacherSource = str | Pretrained | Callable[[], Denoiser]
@@ -106,6 +120,8 @@ def load_teacher(source: TeacherSource) -> tuple[Denoiser, dict[str, str]]:
         origin = {"source": pipeline.source, "sha256": pipeline.sha256, "weights": "pipeline"}
         if source.empty is not None:
             origin["empty"] = source.empty
+        if source.negative_prompt is not None:
+            origin["negative_prompt"] = source.negative_prompt
         return pipeline.denoiser, {**origin, "pipeline": str(pipeline.folder)}
     if callable(source):
         teacher = copy.deepcopy(source())

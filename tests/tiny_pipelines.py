@@ -165,3 +165,14 @@ def save_text_to_video(folder: Path, kind: type[Any]) -> Path:
         **networks,
     ).save_pretrained(folder)
     return folder
+
+
+def save_text_model(folder: Path) -> CLIPTextModelWithProjection:
+    """A CLIP's text model with its tokenizer, whose embeddings have 12 numbers."""
+    torch.manual_seed(0)
+    config = clip_config()
+    config.projection_dim = 12
+    model = CLIPTextModelWithProjection(config).eval()
+    model.save_pretrained(folder)
+    clip_tokenizer(folder).save_pretrained(folder)
+    return model

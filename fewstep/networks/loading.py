@@ -193,7 +193,8 @@ def _read_base(where: str, origin: dict[str, str]) -> tuple[Denoiser, str]:
             return on_its_own(loaded.denoiser), loaded.sha256
         empty = origin.get("empty")
         null = read_null(empty) if empty is not None and Path(empty).is_file() else None
-        pipeline = load_denoiser_of(where, null=null)
+        negative = origin.get("negative_prompt")
+        pipeline = load_denoiser_of(where, null=null, negative_prompt=negative)
     except FewstepError as error:
         raise FewstepError(f"The base of this LoRA cannot be read. {error} {_GIVE_BASE}") from error
     return pipeline.denoiser, pipeline.sha256

@@ -76,6 +76,7 @@ def load_denoiser_of(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
     network_dtype: torch.dtype = torch.float32,
+    negative_prompt: str | None = None,
 ) -> LoadedPipeline:
     """Loads the denoiser of a diffusers pipeline.
 
@@ -90,6 +91,7 @@ def load_denoiser_of(
             :func:`read_null`); otherwise the text encoders are loaded once to make it, and let go.
         device, dtype: of text encoders and VAE. The denoiser is on the CPU.
         network_dtype: of the denoising network's weights; half precision suits frozen ones.
+        negative_prompt: what the unconditional branch gets instead of what the pipeline gives it.
 
     Raises:
         FewstepError: if there is no such folder, it is of no supported pipeline, or a part of it is
@@ -101,8 +103,8 @@ def load_denoiser_of(
     shape = sample_shape(configs, family, frames)
     options = family.options(configs)
     shapes: dict[str, list[int] | None] = dict.fromkeys(family.zero_null(configs.index))
-    if family.encode is not None and not shapes:
-        null = dict(null or TextEncoding(folder, device, dtype).null())
+    if family.encode is not None and (negative_prompt is not None or not shapes):
+        null = dict(null or TextEncoding(folder, device, dtype).null(negative_prompt))
         shapes = {name: list(value.shape) for name, value in null.items()}
     # Loaded after the text encoders are gone: the largest need half the memory this way.
     network = load_network(folder, family).to(network_dtype)

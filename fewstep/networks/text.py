@@ -54,11 +54,14 @@ class TextEncoding:
         return found
 
     @torch.no_grad()
-    def null(self) -> Conditions:
-        """What the pipeline gives its unconditional branch, each ``(1, ...)``.
+    def null(self, negative_prompt: str | None = None) -> Conditions:
+        """What the unconditional branch gets, each ``(1, ...)``.
 
-        Mostly the embedding of the empty prompt; zeros where the pipeline is made so.
+        By default what the pipeline gives it, mostly the embedding of the empty prompt; zeros where
+        the pipeline is made so.
         """
+        if negative_prompt is not None:
+            return self.encode([negative_prompt])
         self._to(self.device)
         return self._encode(self.pipeline, [""], True)[1]
 

@@ -74,10 +74,17 @@ def _ode(record: Record, schedule: Schedule, num_steps: int) -> Chain:
     return Chain(schedule.spaced_times(num_steps), renoise=False)
 
 
+def _post_trained(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    renoise = record["sampling"]["two_steps"] == "renoise"
+    return Chain(schedule.spaced_times(num_steps), renoise)
+
+
 CHAINS: dict[str, Callable[[Record, Schedule, int], Chain]] = {
     "ConsistencyDistillation": _consistency,
+    "MotionConsistencyDistillation": _consistency,
     "PhasedConsistencyDistillation": _phased,
     "DiffusionTraining": _ode,
+    "AdversarialPostTraining": _post_trained,
 }
 
 
@@ -105,6 +112,6 @@ def default_steps(record: Record) -> list[int]:
     """The step counts an export is made for by default."""
     if record["method"] == "PhasedConsistencyDistillation":
         return [record["phases"]["num_phases"]]
-    if record["method"] == "ConsistencyDistillation":
+    if CHAINS.get(record["method"]) is _consistency:
         return [steps for steps in (1, 2, 4, 8) if steps <= len(record["phases"]["times"])]
-    return [8, 25, 50]
+    return [1, 2] if record["method"] == "AdversarialPostTraining" else [8, 25, 50]

@@ -111,6 +111,12 @@ def _guidance(family: Family, student: Student) -> dict[str, Any]:
 
 
 def _check_adapter_fits(base: Path, family: Family, denoiser: LoRADenoiser) -> None:
+    network = family.backbone.network_class
+    if not hasattr(network, "load_lora_adapter"):
+        raise FewstepError(
+            f"diffusers reads no adapters for a {network.__name__}; leave --adapter out to export "
+            "the merged network."
+        )
     there = read_json(base / family.part / "config.json")
     if denoiser.backbone.guidance_input is not None and not there.get("time_cond_proj_dim"):
         raise FewstepError(

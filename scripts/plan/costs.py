@@ -14,6 +14,7 @@ from fewstep.diffusion import Backbone
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
 from scripts.plan.data import Data, data_of, example_batch
+from scripts.plan.judges import decoder_on_meta
 from scripts.plan.roles import build_without_weights
 from scripts.plan.step import AUTOCAST, StepCost, step_cost
 
@@ -115,6 +116,7 @@ def plan_of(
     notes, data = build_without_weights(model, precision), data_of(datamodule)
     step: StepCost | None = None
     try:
+        notes += decoder_on_meta(model)
         batch = partial(example_batch, model, datamodule, data.batch_size)
         step = step_cost(model, batch, precision, strategy == "fsdp2" and devices > 1)
     except (FewstepError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:

@@ -17,6 +17,7 @@ from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
 from fewstep.networks.families import DiffusersBackbone
 from lightning_modules import FewStepModule
+from scripts.plan.judges import judged
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,13 @@ def example_batch(
         raise FewstepError(f"the shape of {', '.join(unknown)} is known to the data alone")
     if "class_labels" in conditions:
         cond["class_labels"] = torch.zeros(size, dtype=torch.long)
-    return {"sample": torch.zeros(size, *model.sample_shape), "cond": cond, "key": [""] * size}
+    batch: Batch = {
+        "sample": torch.zeros(size, *model.sample_shape),
+        "cond": cond,
+        "key": [""] * size,
+    }
+    per_video = datamodule.per_video if isinstance(datamodule, VideosWithImages) else 0
+    return judged(model, data, batch, per_video)
 
 
 def _text(backbone: Backbone, size: int) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,15 +14,20 @@ from torch import nn
 
 from fewstep.diffusion import Denoiser
 from fewstep.errors import FewstepError
+from fewstep.networks.folders import family_of, find_folder, read_json
 from fewstep.networks.loading import METADATA_KEY, find_checkpoint, read_checkpoint
+from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of, read_null
+from fewstep.networks.text import TextEncoding
 from fewstep.spec import Spec
-from lightning_modules import FewStepModule
+from lightning_modules import FewStepModule, Pretrained
 from lightning_modules.preparation import check_precision
 from lightning_modules.roles import is_pipeline
 from scripts.experiments import find_experiment, with_defaults
+from scripts.plan.judges import without_weights
 
 # Precisions in which Lightning converts all of a module.
 WEIGHTS = {"64-true": torch.float64}
+SOURCES = ("teacher_source", "start_source")  # where methods say what networks they start from
 
 
 @contextmanager
@@ -62,19 +68,49 @@ def build_without_weights(model: FewStepModule, precision: str = "32-true") -> l
     """
     check_precision(precision)
     notes: list[str] = []
-    source = getattr(model, "teacher_source", None)
     if model.compile_blocks:
         notes.append("Blocks are planned as if not compiled, which saves some activations.")
         model.compile_blocks = False
-    with parameters_on_meta():
-        if isinstance(source, str) and not is_pipeline(source):
+    for name in SOURCES:
+        source = getattr(model, name, None)
+        if isinstance(source, str) and is_pipeline(source):
+            source = Pretrained(source)
+        if isinstance(source, Pretrained):
+            setattr(model, name, _Outlined(source))
+        elif isinstance(source, str):
             spec, note = architecture_of(source)
             notes += [note] if note else []
-            model.teacher_source = lambda: Denoiser.from_spec(spec)  # type: ignore[assignment]
+            setattr(model, name, partial(Denoiser.from_spec, spec))
+    with parameters_on_meta():
+        notes += without_weights(model)
         model.configure_model()
     # A teacher that came ready-made has real parameters.
     nn.Module.to(model, "meta", WEIGHTS.get(precision))
     return notes
+
+
+class _Outlined(Pretrained):
+    """A pipeline whose network gets no weights.
+
+    Its text encoders run before that, and need theirs: the shape of text is known to them alone.
+    """
+
+    def __init__(self, source: Pretrained) -> None:
+        super().__init__(**vars(source))
+        folder = find_folder(self.folder)
+        family, self._null = family_of(folder), None
+        known = self.negative_prompt is None and family.zero_null(
+            read_json(folder / "model_index.json")
+        )
+        if self.empty is not None:
+            self._null = read_null(self.empty)
+        elif family.encode is not None and not known:
+            self._null = TextEncoding(folder).null(self.negative_prompt)
+
+    def load(self) -> LoadedPipeline:
+        """Builds the denoiser."""
+        options = self.size, self.frames, self._null
+        return load_denoiser_of(self.folder, *options, negative_prompt=self.negative_prompt)
 
 
 def architecture_of(source: str) -> tuple[Spec, str | None]:

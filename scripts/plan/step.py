@@ -19,11 +19,13 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 
+from fewstep.batches import rows_of
 from fewstep.contracts import Batch
 from fewstep.diffusion import Backbone
 from fewstep.networks import ema_update
 from lightning_modules import FewStepModule
 from lightning_modules.optimisation import micro_batches
+from scripts.plan.judges import decoder_of, decoder_without_values
 
 aten = torch.ops.aten
 REAL_PARAMETERS = 64_000_000  # at most so many are tried out with values where it needs them
@@ -69,6 +71,25 @@ class StepCost:
     workspace: int
     optimizer: dict[str, int]
     guessed: tuple[str, ...]
+
+
+class _NoModules:
+    """In place of a counter's tracker of modules, which fails at gradients of a module's inputs."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None:
+        """Nothing to begin."""
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing to end."""
+
+
+def flop_counter() -> FlopCounterMode:
+    """Counts the floating-point operations within it; a multiply-add is two."""
+    counter: Any = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    counter.mod_tracker = _NoModules()
+    return counter
 
 
 class LiveMemory(TorchDispatchMode):
@@ -184,9 +205,11 @@ def _step_cost(
 ) -> StepCost:
     passing.to_empty(device="cpu")  # which fake mode passes its tensors for
     updating.to_empty(device="cpu")
+    decoder_without_values(passing)
     batch = batch_of()
     sizes = [len(part["sample"]) for _, part, _ in _split(passing, batch)]
-    passes = {size: _passes(passing, _rows(batch, size), precision) for size in set(sizes)}
+    parts = {size: rows_of(batch, slice(0, size)) for size in set(sizes)}
+    passes = {size: _passes(passing, part, precision) for size, part in parts.items()}
     return replace(
         _update(updating),
         flops=sum(passes[size].flops for size in sizes),
@@ -203,14 +226,11 @@ def _split(model: FewStepModule, batch: Batch) -> list[Any]:
     return list(micro_batches(batch, model.draw(batch, torch.Generator()), model.accumulate))
 
 
-def _rows(batch: Batch, size: int) -> Batch:
-    cond = {name: value[:size] for name, value in batch["cond"].items()}
-    return {**batch, "sample": batch["sample"][:size], "cond": cond, "key": batch["key"][:size]}
-
-
 def _passes(model: FewStepModule, batch: Batch, precision: str) -> StepCost:
     """The forward and backward passes of one micro-batch."""
     known = [*model.parameters(), *model.buffers()]
+    if (vae := decoder_of(model)) is not None:
+        known += vae.parameters()
     memory, saved_bytes, saved = LiveMemory(known), SavedBytes(known), dict[str, int]()
     model.zero_grad(set_to_none=True)
     hooks = [
@@ -218,7 +238,7 @@ def _passes(model: FewStepModule, batch: Batch, precision: str) -> StepCost:
         for role in model.trained_roles
         for parameter in model._parameters_of(role)
     ]
-    flops = FlopCounterMode(display=False, custom_mapping=ATTENTION)
+    flops = flop_counter()
     dtype = AUTOCAST.get(precision, torch.bfloat16)
     autocast = torch.autocast("cpu", dtype, enabled=precision in AUTOCAST)
     model.train()
@@ -226,7 +246,8 @@ def _passes(model: FewStepModule, batch: Batch, precision: str) -> StepCost:
         draws = model.draw(batch, torch.Generator())
         for update in model.updates(batch, draws):
             saved[update.role] = saved_bytes.take()
-            update.loss.backward(inputs=model._parameters_of(update.role))
+            roles = (update.role, *update.also)
+            update.loss.backward(inputs=[p for role in roles for p in model._parameters_of(role)])
     for hook in hooks:
         hook.remove()
     return StepCost(flops.get_total_flops(), saved, memory.peak, 0, {}, ())

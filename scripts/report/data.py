@@ -12,7 +12,10 @@ from typing import Any
 
 import yaml
 
+from callbacks.alarms import FILE_NAME as ALARMS_FILE
+from callbacks.alarms import read_alarms
 from callbacks.results import FILE_NAME, Measurement, read_results
+from fewstep.contracts import Alarm
 from fewstep.errors import FewstepError
 from scripts.loggers import FILE_NAME as METRICS_FILE
 from scripts.loggers import read_metrics
@@ -52,6 +55,7 @@ class Run:
         config: the resolved configuration, flat: dotted key to plain value.
         pictures: by role, step count and updates.
         prompts: of the pictures' samples, in reading order.
+        alarms: raised and ended in training, oldest first (:func:`callbacks.alarms.read_alarms`).
     """
 
     folder: Path
@@ -67,6 +71,7 @@ class Run:
     config: dict[str, Any]
     pictures: list[Picture]
     prompts: list[str]
+    alarms: list[dict[str, Any]] = field(default_factory=list)
     position: int = 0
 
     @property
@@ -184,6 +189,7 @@ def _read_run(folder: Path, notes: list[str]) -> Run:
         config=_read_config(folder, where, notes),
         pictures=_find_pictures(folder, where, notes),
         prompts=_read_prompts(folder),
+        alarms=_read_alarms(folder, where, notes),
     )
 
 
@@ -287,3 +293,16 @@ def _read_prompts(folder: Path) -> list[str]:
         return path.read_text(encoding="utf-8").splitlines()[:MOST_PROMPTS]
     except (OSError, ValueError):
         return []
+
+
+def _read_alarms(folder: Path, where: str, notes: list[str]) -> list[dict[str, Any]]:
+    needed = {"update", "mean", "state", *Alarm._fields}
+    try:
+        found = read_alarms(folder)
+    except FewstepError as error:
+        notes.append(f"{where}: {error}")
+        return []
+    if not all(isinstance(line, dict) and needed <= line.keys() for line in found):
+        notes.append(f"{where}: {ALARMS_FILE} has lines that are no alarms; none are shown.")
+        return []
+    return found

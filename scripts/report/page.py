@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from fewstep import __version__
+from scripts.report.alarms import alarms_section
 from scripts.report.boards import Board, boards
 from scripts.report.charts import Chart
 from scripts.report.cost import cost_section, cost_table
@@ -79,6 +80,7 @@ def render(report: Report, title: str, budget: int) -> str:
         ("leaderboard", "Leaderboard", _leaderboards(report)),
         ("overview", "All metrics", _overviews(report)),
         ("findings", "What the numbers say", _findings(report.boards)),
+        ("alarms", "Alarms in training", alarms_section(report.groups)),
         ("quality", "Quality against cost", _quality(report.boards, charts)),
         ("samples", "Samples", pictures),
         ("curves", "Training curves", curves_section(report.groups, charts)),

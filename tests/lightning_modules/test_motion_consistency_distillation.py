@@ -14,13 +14,19 @@ from fewstep.contracts import Batch
 from fewstep.diffusion import Backbone, Denoiser, TimeGrid, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks import VideoDiT
+from fewstep.networks.frames import PooledText, TextCondition
 from fewstep.networks.motion import FrameDifference, LearnableHead, RawMotion
 from fewstep.seeding import torch_generator
-from lightning_modules import ConsistencyDistillation, MotionConsistencyDistillation
+from lightning_modules import (
+    ConsistencyDistillation,
+    MotionConsistencyDistillation,
+    Pretrained,
+)
 from lightning_modules.motion_consistency_distillation import MotionDraws
 
-from captioned import Captioned
+from captioned import PROMPTS, Captioned
 from rings import quiet_trainer
+from tiny_pipelines import WIDTH, save_text_model
 from tiny_transformers import SAVES
 from training_runs import adversary, video_teacher
 
@@ -310,6 +316,12 @@ def test_missing_images_and_too_few_frames_are_named() -> None:
         draw(module, videos())
 
 
+def test_a_precision_in_which_the_adversarys_gradient_is_lost_is_refused() -> None:
+    with pytest.raises(FewstepError, match="encoder_precision: bfloat16, or float32"):
+        built(adversary=adversary(), encoder_precision="float16")
+    built(encoder_precision="float16")
+
+
 # ---------------------------------------------------------------------- mixed trajectories
 
 
@@ -393,6 +405,82 @@ def test_only_videos_that_trajectories_start_from_are_encoded(
     quiet_trainer(tmp_path, [], 2).fit(module, Captioned(pixels), weights_only=True)
     assert seen == encodings
     assert any(not torch.equal(p, before[n]) for n, p in module.student.named_parameters())
+
+
+def with_pictures(told: dict[str, Any]) -> Captioned:
+    """Videos and twice as many pictures, all with captions of their own."""
+    data = Captioned(torch.rand(2, 3, 3, 16, 16) * 2 - 1)
+    pictures = torch.rand(4, 3, 16, 16) * 2 - 1
+    beside: Any = {"sample": pictures, "cond": {}, "key": ["x"] * 4, **told}
+    data.batch["images"] = beside
+    return data
+
+
+def told_by(condition: Any, folder: Path) -> MotionConsistencyDistillation:
+    return MotionConsistencyDistillation(
+        Pretrained(str(SAVES["modelscope"](folder / "pipeline")), (16, 16), 3),
+        adversary=adversary(condition=condition, real="images"),
+        num_grid_points=20,
+    )
+
+
+@pytest.mark.parametrize("condition", ["pooled", "captions", "null"])
+def test_captions_of_pictures_are_encoded_if_the_heads_are_told_of_them_so(
+    condition: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = ["a", "b c", "d", "e"]
+    if condition == "captions":
+        save_text_model(tmp_path / "clip")
+    made = {"pooled": PooledText(WIDTH), "captions": TextCondition(str(tmp_path / "clip"))}
+    module = told_by(made.get(condition), tmp_path)
+    module.configure_model()
+    assert module.companions is not None
+    encode, encoded, looks = module.companions.conditions, [], []
+    look = module._look_at_reals
+
+    def seen(prompts: list[str], device: torch.device) -> Any:
+        encoded.append(prompts)
+        return encode(prompts, device)
+
+    monkeypatch.setattr(module.companions, "conditions", seen)
+    monkeypatch.setattr(module, "_look_at_reals", lambda *a: looks.append(look(*a)) or looks[-1])
+    data = with_pictures({"prompt": captions})
+    quiet_trainer(tmp_path, [], 1).fit(module, data, weights_only=True)
+    assert encoded == ([PROMPTS[:2], captions] if condition == "pooled" else [PROMPTS[:2]])
+    (real,) = looks
+    if condition == "pooled":
+        expected = encode(captions, torch.device("cpu"))["encoder_hidden_states"].mean(1)
+        torch.testing.assert_close(real.cond, expected)
+    else:
+        assert real.cond is None or real.cond.shape == (4, 12)
+
+
+@pytest.mark.parametrize("given", ["nothing", "embeddings"])
+def test_pictures_that_heads_can_be_told_nothing_of_are_named(given: str, tmp_path: Path) -> None:
+    """Shards that were encoded have no captions."""
+    condition: Any = PooledText(WIDTH)
+    told: dict[str, Any] = {}
+    message = "looks for 'encoder_hidden_states' and the batch has no conditions"
+    if given == "embeddings":
+        save_text_model(tmp_path / "clip")
+        condition = TextCondition(str(tmp_path / "clip"))
+        told = {"cond": {"encoder_hidden_states": torch.zeros(4, 77, WIDTH)}}
+        message = r"is to read captions and the batch has none.*images beside videos.*PooledText"
+    module = told_by(condition, tmp_path)
+    data = with_pictures(told)
+    with pytest.raises(FewstepError, match=message):
+        quiet_trainer(tmp_path, [], 1).fit(module, data, weights_only=True)
+
+
+def test_encoded_videos_without_captions_cannot_be_told_of_by_captions(tmp_path: Path) -> None:
+    save_text_model(tmp_path / "clip")
+    module = told_by(TextCondition(str(tmp_path / "clip")), tmp_path)
+    latents, text = torch.randn(2, 4, 3, 8, 8), torch.zeros(2, 77, WIDTH)
+    data = Captioned(latents, {"encoder_hidden_states": text})
+    assert module.adversary is not None
+    module.adversary.real = "videos"
+    with pytest.raises(FewstepError, match=r"the batch has none.*Give the data a `prompt`"):
+        quiet_trainer(tmp_path, [], 1).fit(module, data, weights_only=True)
 
 
 def test_alarms_watch_a_head_that_can_collapse() -> None:

@@ -17,9 +17,16 @@ from diffusers import AnimateDiffPipeline, TextToVideoSDPipeline
 from torch import Tensor
 
 from fewstep.diffusion import samplers
+from fewstep.errors import FewstepError
 from fewstep.networks.families.flux import packed
+from fewstep.networks.lora import LoRA
 from fewstep.networks.pipelines import load_denoiser_of
-from lightning_modules import ConsistencyDistillation, PhasedConsistencyDistillation
+from lightning_modules import (
+    ConsistencyDistillation,
+    MotionConsistencyDistillation,
+    PhasedConsistencyDistillation,
+    Pretrained,
+)
 from scripts.export.exporting import export
 from scripts.export.students import Request
 
@@ -32,6 +39,7 @@ from tiny_pipelines import (
 )
 from tiny_students import save_student
 from tiny_transformers import save_flux, save_ltx, save_pixart, save_sd3, save_wan
+from training_runs import adversary
 
 PROMPT = "a b"
 TOLERANCE = 1e-4
@@ -47,6 +55,7 @@ class Case:
     steps: list[int]
     options: dict[str, Any] = field(default_factory=dict)
     frames: int | None = None
+    adapter: bool = False
 
 
 def phased(
@@ -68,6 +77,14 @@ def consistent(
     **options: Any,
 ) -> Case:
     return Case(save, ConsistencyDistillation, scheduler, [1, 2, 4], options, frames)
+
+
+def moving(
+    save: Callable[[Path], Path], scheduler: str, adapter: bool = False, **options: Any
+) -> Case:
+    """Trained by MCM as its experiments are, without an average."""
+    given = {"ema_decay": None, "adversary": adversary(condition=None), **options}
+    return Case(save, MotionConsistencyDistillation, scheduler, [1, 4], given, 2, adapter)
 
 
 SD = save_stable_diffusion
@@ -116,6 +133,15 @@ CASES = {
         save_ltx, "FlowMatchEulerDiscreteScheduler", 4, grid=50, guidance=2.0, frames=9
     ),
     "pixart_pcm_2_guided": phased(save_pixart, "DDIMScheduler", 2, guidance=2.0),
+    "modelscope_mcm": moving(MODELSCOPE, "LCMScheduler", boundary="lcm"),
+    "modelscope_mcm_merged": moving(MODELSCOPE, "TCDScheduler", lora=LoRA(rank=2)),
+    "animatediff_mcm": moving(ANIMATEDIFF, "TCDScheduler"),
+    "animatediff_mcm_merged": moving(
+        ANIMATEDIFF, "LCMScheduler", boundary="lcm", lora=LoRA(rank=2)
+    ),
+    "animatediff_mcm_adapter": moving(
+        ANIMATEDIFF, "LCMScheduler", True, boundary="lcm", lora=LoRA(rank=2, alpha=2)
+    ),
     "sd_told_guidance": consistent(
         save_told_guidance, "TCDScheduler", guidance_embedding=True, guidance_range=(2.0, 5.0)
     ),
@@ -130,7 +156,7 @@ LAYOUTS: dict[Any, Callable[[Tensor], Tensor]] = {save_flux: packed, save_ltx: l
 """What these pipelines make of latents, where they are not plain."""
 QUICK = (
     *("sd_pcm_4_guided_other_edges", "sd_cm_guided", "sd3_pcm_4_guided", "sd3_cm_guided"),
-    "sd_newly_told_guidance",
+    *("sd_newly_told_guidance", "modelscope_mcm"),
 )
 """Always tested; the rest takes longer."""
 
@@ -187,10 +213,15 @@ def make(name: str, made: Made) -> None:
     base = case.save(folder / f"{name}.base")
     size = (32, 32) if case.save is save_ltx else (16, 16)  # the least it takes
     loaded = load_denoiser_of(base, size, case.frames)
-    module = case.method(teacher=partial(getattr, loaded, "denoiser"), **case.options)
+    teacher: Any = partial(getattr, loaded, "denoiser")
+    if "lora" in case.options:  # whose checkpoint has no more than the name of its base
+        teacher = Pretrained(str(base), size, case.frames)
+    module = case.method(teacher=teacher, **case.options)
     path = folder / f"{name}.ckpt"
     save_student(module, path)
-    exported = export(Request(path, folder / name, pipeline=base, steps=case.steps))
+    exported = export(
+        Request(path, folder / name, pipeline=base, steps=case.steps, adapter=case.adapter)
+    )
     made.schedulers[name] = exported.scheduler
     noise = torch.randn(1, *module.sample_shape, generator=torch.Generator().manual_seed(3))
     layout = LAYOUTS.get(case.save, torch.clone)
@@ -254,3 +285,21 @@ def test_times_stand_in_the_call_only_where_no_scheduler_finds_them(
     assert says("sd_told_guidance", r"guidance_scale=3.5,")
     for name in ("sd_pcm_4", "sd_pcm_8_guided", "sd_cm", "sd_lcm", "sd3_pcm_4_guided"):
         assert not says(name, r"(timesteps|sigmas)=\[")
+
+
+def test_a_card_names_the_method_and_all_that_it_was_trained_with(
+    made_of: Callable[[str], Made],
+) -> None:
+    card = (made_of("modelscope_mcm").folder / "modelscope_mcm" / "README.md").read_text()
+    assert "| method | MotionConsistencyDistillation |" in card
+    assert "| features | random convolutions" in card
+
+
+def test_an_adapter_that_diffusers_could_not_read_is_refused(tmp_path: Path) -> None:
+    base = MODELSCOPE(tmp_path / "base")
+    teacher = Pretrained(str(base), (16, 16), 2)
+    module = MotionConsistencyDistillation(teacher=teacher, lora=LoRA(rank=2), ema_decay=None)
+    save_student(module, tmp_path / "student.ckpt")
+    with pytest.raises(FewstepError, match=r"no adapters for a UNet3DConditionModel.*merged"):
+        export(Request(tmp_path / "student.ckpt", tmp_path / "out", adapter=True))
+    assert not (tmp_path / "out").exists()

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
+from fewstep.errors import FewstepError
 from scripts.experiments import known_experiments
 from scripts.main import run
 
@@ -35,7 +37,7 @@ def trains(folder: Path, experiment: str) -> None:
     assert (version / "checkpoints" / "update_00000003.ckpt").exists()
 
 
-@pytest.mark.parametrize("experiment", ["sd15/pcm_2_adversarial"])
+@pytest.mark.parametrize("experiment", ["sd15/pcm_2_adversarial", "modelscope/mcm_images"])
 def test_an_experiment_trains_draws_and_resumes(here: Path, experiment: str) -> None:
     trains(here, experiment)
 
@@ -44,3 +46,34 @@ def test_an_experiment_trains_draws_and_resumes(here: Path, experiment: str) -> 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_trains_draws_and_resumes(here: Path, experiment: str) -> None:
     trains(here, experiment)
+
+
+def test_an_experiment_shows_all_its_options(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(["fit", "-c", "modelscope/mcm_images", "--print_config"])
+    assert ended.value.code == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    adversary = shown["model"]["init_args"]["adversary"]
+    assert adversary["class_path"] == "lightning_modules.FrameAdversary"
+    assert adversary["init_args"]["normalisation"] == "group"  # which the file does not say
+    assert set(shown["data"]["init_args"]) == {"videos", "images", "reference"}
+
+
+@pytest.mark.parametrize(
+    ("key", "owner", "meant"),
+    [
+        ("wieght", "lightning_modules.FrameAdversary", "weight"),
+        ("features.init_args.lairs", "fewstep.networks.frames.DINOv2Features", "layers"),
+    ],
+)
+def test_a_wrong_key_of_an_adversary_is_one_message(
+    here: Path, key: str, owner: str, meant: str
+) -> None:
+    option = f"--model.init_args.adversary.init_args.{key}"
+    with pytest.raises(FewstepError) as error:
+        run(["fit", "-c", "modelscope/mcm", option, "1"])
+    wrong = key.rsplit(".", maxsplit=1)[-1]
+    start = f"The configuration has an unknown key '{wrong}' for {owner}. Did you mean '{meant}'?"
+    assert str(error.value).startswith(start)

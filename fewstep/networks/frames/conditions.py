@@ -20,7 +20,13 @@ Cond = Mapping[str, Tensor]
 
 
 class FrameCondition(ABC):
-    """Makes one vector a sample of what a batch says of it."""
+    """Makes one vector a sample of what a batch says of it.
+
+    Attributes:
+        name: of what it reads among a batch's conditions; None where it reads captions.
+    """
+
+    name: str | None = None
 
     @property
     @abstractmethod
@@ -41,7 +47,8 @@ class FrameCondition(ABC):
         """
 
 
-def _given(cond: Cond, name: str) -> Tensor:
+def _given(cond: Cond, name: str | None) -> Tensor:
+    assert name is not None
     if name not in cond:
         raise FewstepError(
             f"The frame discriminator's condition looks for '{name}' and the batch has "
@@ -174,7 +181,8 @@ class TextCondition(FrameCondition):
         if prompts is None:
             raise FewstepError(
                 "The frame discriminator is to read captions and the batch has none. Give the data "
-                "a `prompt`, or use PooledText, which takes the denoiser's own text embedding."
+                "a `prompt` (images beside videos their own), or use PooledText, which takes the "
+                "denoiser's own text embedding."
             )
         tokens = self._tokenizer(
             prompts,

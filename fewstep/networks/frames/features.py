@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -20,6 +21,12 @@ from fewstep.seeding import torch_generator
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's pixels in [0, 1]
 COLOURS = 3
+# Width, blocks and heads of the released networks, with patches of 14 for images of 518 pixels.
+DINOV2 = {
+    "facebook/dinov2-small": (384, 12, 6),
+    "facebook/dinov2-base": (768, 12, 12),
+    "facebook/dinov2-large": (1024, 24, 16),
+}
 
 
 class FrozenFeatures(nn.Module, ABC):
@@ -47,6 +54,18 @@ class FrozenFeatures(nn.Module, ABC):
         Raises:
             FewstepError: if they are missing or damaged.
         """
+
+    def outline(self) -> str | None:
+        """Builds the network as large as it is, without its weights; for plans.
+
+        Returns:
+            what had to be assumed, in a sentence.
+
+        Raises:
+            FewstepError: if nothing says how large it is.
+        """
+        self.load()
+        return None
 
     @abstractmethod
     def origin(self) -> dict[str, str]:
@@ -134,6 +153,10 @@ class DINOv2Features(FrozenFeatures):
         """Folder and configuration."""
         folder = find_model(self.source, "source")
         config = read_config(folder, ("dinov2",))
+        self._check(folder, config)
+        return folder, config
+
+    def _check(self, folder: Path, config: dict[str, Any]) -> None:
         blocks, patch = int(config["num_hidden_layers"]), int(config["patch_size"])
         wrong = [layer for layer in self.layers if not 0 <= layer < blocks]
         if wrong or not self.layers:
@@ -143,7 +166,6 @@ class DINOv2Features(FrozenFeatures):
             )
         if self.size % patch:
             raise FewstepError(f"'{folder}' has patches of {patch}, which do not tile {self.size}.")
-        return folder, config
 
     @property
     def channels(self) -> list[int]:
@@ -155,6 +177,21 @@ class DINOv2Features(FrozenFeatures):
             from transformers import Dinov2Model  # noqa: PLC0415 - slow, and an extra
 
             self.network = load_frozen(Dinov2Model, folder)
+
+    def outline(self) -> str | None:
+        note = None
+        try:
+            find_model(self.source, "source")
+        except FewstepError:
+            if self.source not in DINOV2 or importlib.util.find_spec("transformers") is None:
+                raise
+            self._found = Path(self.source), _released(*DINOV2[self.source])
+            self._check(*self._found)
+            note = f"'{self.source}' is not here yet: its sizes are those of the released network."
+        from transformers import Dinov2Config, Dinov2Model  # noqa: PLC0415
+
+        self.network = Dinov2Model(Dinov2Config(**self._found[1])).requires_grad_(False).eval()
+        return note
 
     def origin(self) -> dict[str, str]:
         return {"source": self.source, "sha256": weights_sha256(self._found[0])}
@@ -177,6 +214,17 @@ class DINOv2Features(FrozenFeatures):
             if number in self.layers:
                 found[number] = self.network.layernorm(hidden)[:, 1:]
         return [found[layer] for layer in self.layers]
+
+
+def _released(width: int, blocks: int, heads: int) -> dict[str, Any]:
+    """A configuration of DINOv2's."""
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": blocks,
+        "num_attention_heads": heads,
+        "patch_size": 14,
+        "image_size": 518,
+    }
 
 
 class ConvolutionFeatures(FrozenFeatures):

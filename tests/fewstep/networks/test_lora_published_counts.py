@@ -102,6 +102,13 @@ def test_modelscope_is_adapted_so_unless_told_otherwise() -> None:
     assert find_targets(whole, None)[1] == find_targets(whole, MCM_TARGETS)[1]
 
 
+def test_animatediff_is_adapted_without_the_projections_that_diffusers_cannot_read() -> None:
+    whole = network("animatediff")
+    usual, published = (set(find_targets(whole, t)[1]) for t in (None, MCM_TARGETS))
+    assert (len(usual), parameters(whole, sorted(usual))) == (456, 100_306_944)
+    assert {name.rsplit(".", 1)[-1] for name in published - usual} == {"proj_in", "proj_out"}
+
+
 def test_temporal_convolutions_are_adapted_where_they_are_named_alone() -> None:
     whole = network("modelscope")
     temporal = {name for name, module in whole.named_modules() if isinstance(module, nn.Conv3d)}

@@ -5,12 +5,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CLIPConfig, CLIPModel, CLIPTextModelWithProjection, CLIPVisionConfig
+from transformers import CLIPConfig, CLIPModel, CLIPVisionConfig
 
 from fewstep.errors import FewstepError
 from fewstep.networks.frames import ClassCondition, FrameCondition, PooledText, TextCondition
 
-from tiny_pipelines import clip_config, clip_tokenizer, save_stable_diffusion_xl
+from tiny_pipelines import (
+    clip_config,
+    clip_tokenizer,
+    save_stable_diffusion_xl,
+    save_text_model,
+)
 
 CPU = torch.device("cpu")
 PROMPTS = ["a", "b c d", "moving"]
@@ -52,16 +57,6 @@ def test_what_the_batch_lacks_is_named() -> None:
         PooledText(6, name="text")(cond, None, CPU)
     with pytest.raises(FewstepError, match=r"the batch has none.*PooledText"):
         TextCondition("anything")(cond, None, CPU)
-
-
-def save_text_model(folder: Path) -> CLIPTextModelWithProjection:
-    torch.manual_seed(0)
-    config = clip_config()
-    config.projection_dim = 12
-    model = CLIPTextModelWithProjection(config).eval()
-    model.save_pretrained(folder)
-    clip_tokenizer(folder).save_pretrained(folder)
-    return model
 
 
 def test_captions_are_embedded_as_clip_projects_them(tmp_path: Path) -> None:
