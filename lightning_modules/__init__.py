@@ -1,5 +1,6 @@
 """One file a method: LightningModules with their roles and their training step."""
 
+from lightning_modules.adversarial_post_training import AdversarialPostTraining
 from lightning_modules.base import FewStepModule
 from lightning_modules.consistency_distillation import ConsistencyDistillation
 from lightning_modules.diffusion_training import DiffusionTraining
@@ -9,6 +10,7 @@ from lightning_modules.phased_consistency_distillation import PhasedConsistencyD
 from lightning_modules.roles import Pretrained
 
 __all__ = [
+    "AdversarialPostTraining",
     "ConsistencyDistillation",
     "DiffusionTraining",
     "FewStepModule",

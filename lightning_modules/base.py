@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import torch
@@ -42,6 +42,8 @@ from lightning_modules.preparation import (
     keep_in,
 )
 from lightning_modules.roles import Evaluations, Update, frozen, run_seed
+
+Turn = Callable[[Batch, Any], Iterator[Update]]
 
 
 class FewStepModule(OptimisedRoles):
@@ -258,16 +260,21 @@ class FewStepModule(OptimisedRoles):
         batch = self._encoded(batch, "train-latents", self.student_updates)
         draws = self._global_draws(batch)
         logs: dict[str, Tensor] = {}
+        norms: dict[str, Tensor] = {}
+        optimizers = dict(zip(self.trained_roles, self._optimizers(), strict=True))
         parts = list(micro_batches(batch, draws, self.accumulate))
-        for number, (share, part, drawn) in enumerate(parts):
-            for update in self.updates(part, drawn):
-                roles, last = (update.role, *update.also), number == len(parts) - 1
-                self._backward(update.loss * share, roles, last)
-                for name, value in update.logs.items():
-                    logs[name] = logs.get(name, 0) + share * value.detach()
-        logs = self._mean_over_ranks(logs)
-        for role, optimizer in zip(self.trained_roles, self._optimizers(), strict=True):
-            logs[f"{role}_grad_norm"] = self._step(role, optimizer)
+        for turn in self.turns():
+            trained: set[str] = set()
+            for number, (share, part, drawn) in enumerate(parts):
+                for update in turn(part, drawn):
+                    roles, last = (update.role, *update.also), number == len(parts) - 1
+                    self._backward(update.loss * share, roles, last)
+                    trained.update(roles)
+                    for name, value in update.logs.items():
+                        logs[name] = logs.get(name, 0) + share * value.detach()
+            for role in filter(trained.__contains__, self.trained_roles):
+                norms[f"{role}_grad_norm"] = self._step(role, optimizers[role])
+        logs = {**self.to_log(self._mean_over_ranks(logs)), **norms}
         if self.ema is not None and self.ema_decay is not None:
             decay = self.ema_decay
             if self.ema_warmup:
@@ -275,6 +282,17 @@ class FewStepModule(OptimisedRoles):
             ema_update(self.ema, self.student, decay)
         self.after_update()
         self.log_dict({f"train/{name}": value for name, value in logs.items()})
+
+    def turns(self) -> Sequence[Turn]:
+        """Losses between which optimisers step, in turn; by default all roles step together.
+
+        Each turn goes through all micro-batches before the roles it trains are stepped.
+        """
+        return (self.updates,)
+
+    def to_log(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is logged of the updates' logs, means over the samples of all ranks."""
+        return means
 
     def after_update(self) -> None:
         """What a method does once all its roles have been updated; nothing by default."""

@@ -94,8 +94,9 @@ def shard(
     stale copy of them is left when a pass went through them without gradient.
 
     Args:
-        role: whose sharded parameters become DTensors; what is in no backbone, such as the heads
-            of a discriminator, stays replicated.
+        role: whose sharded parameters become DTensors. Heads beside a backbone are sharded too;
+            they, and what is in no unit of that backbone, stay float32. A role without any
+            backbone stays replicated.
         mesh: ``(shards)``, or ``(replicas, shards)`` for hybrid sharding.
         low_precision: what units compute in; gradients are reduced in float32 all the same.
         averaged: whether the role is an average, which is updated shard by shard at any time.
@@ -104,7 +105,11 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=low_precision, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    for backbone in [m for m in role.modules() if isinstance(m, Backbone)]:
+    full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    backbones = [m for m in role.modules() if isinstance(m, Backbone)]
+    within = {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
+    headed = bool(backbones) and any(id(p) not in within for p in role.parameters())
+    for backbone in backbones:
         trained = any(parameter.requires_grad for parameter in backbone.parameters())
         for name in backbone.shard_units:
             fully_shard(
@@ -116,8 +121,14 @@ def shard(
         # A discriminator looks at the inside of a frozen backbone: gradient then enters below its
         # output, which is where what is left would have been gathered for the backward pass.
         fully_shard(
-            backbone, mesh=mesh, mp_policy=policy, reshard_after_forward=trained or averaged
+            backbone,
+            mesh=mesh,
+            mp_policy=full if headed else policy,
+            reshard_after_forward=trained or averaged,
         )
+    if headed:
+        # One optimiser's parameters are either all sharded or not at all.
+        fully_shard(role, mesh=mesh, mp_policy=full, reshard_after_forward=True)
 
 
 StrategyRegistry.register("ddp", ReplicatedStrategy, override=True)

@@ -22,6 +22,7 @@ from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.networks import DiT, VideoDiT
 from fewstep.networks.frames import ClassCondition, ConvolutionFeatures
 from lightning_modules import (
+    AdversarialPostTraining,
     ConsistencyDistillation,
     DiffusionTraining,
     FewStepModule,
@@ -86,6 +87,14 @@ class Phased(PhasedConsistencyDistillation):
         super().build_roles()
 
 
+class PostTraining(AdversarialPostTraining):
+    """With the same heads wherever they are built."""
+
+    def build_roles(self) -> None:
+        torch.manual_seed(3)
+        super().build_roles()
+
+
 def method(name: str, **chosen: Any) -> FewStepModule:
     options = {**OPTIONS, **chosen}
     if name == "teacher":
@@ -94,6 +103,10 @@ def method(name: str, **chosen: Any) -> FewStepModule:
         judge = adversary(real="images", penalty=0.1)
         optimizers = {"motion_optimizer": OPTIMIZER, "discriminator_optimizer": OPTIMIZER}
         return Motion(video_teacher, adversary=judge, num_grid_points=20, **optimizers, **options)
+    if name == "apt":
+        rms_prop = partial(torch.optim.RMSprop, lr=1e-3, alpha=0.9, eps=1e-4)
+        given = {"loss": "relativistic", "sigma": 0.1, "discriminator_optimizer": rms_prop}
+        return PostTraining(teacher, teacher, **{**given, **options})
     if name == "lcm":
         return ConsistencyDistillation(teacher, 20, guidance_range=(2.0, 3.0), **options)
     return Phased(

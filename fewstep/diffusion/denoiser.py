@@ -57,6 +57,13 @@ class Backbone(nn.Module):
         feature: Tensor = output[0] if isinstance(output, tuple) else output
         return feature
 
+    def token_mask(self, x_t: Tensor, cond: Cond) -> Tensor | None:
+        """Which tokens of the feature blocks are a sample's own, bool ``(B, N)``; None is all.
+
+        For networks whose batches are padded to a common length.
+        """
+        return None
+
     def add_guidance_input(self, dim: int) -> None:
         """Gives the network a ``guidance_input (B, dim)``, unless it has one of its own.
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_modules import (
+    AdversarialPostTraining,
     ConsistencyDistillation,
     DiffusionTraining,
     FewStepModule,
@@ -42,6 +43,8 @@ def made(method: str, source: Pretrained) -> FewStepModule:
         return DiffusionTraining(start=source, ema_decay=0.9)
     if method == "lcm":
         return ConsistencyDistillation(source, 50, **GUIDED)
+    if method == "apt":
+        return AdversarialPostTraining(source, source, ema_decay=0.9)
     options: dict[str, Any] = {**GUIDED}
     if method == "adversarial":
         options |= {"adversarial_weight": 0.1, "head_width": 8}
@@ -80,7 +83,7 @@ def test_a_family_is_distilled_with_a_discriminator(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["teacher", "lcm", "pcm"])
+@pytest.mark.parametrize("method", ["teacher", "lcm", "pcm", "apt"])
 @pytest.mark.parametrize("name", SAVES)
 def test_a_family_is_trained_by_every_method(
     folders: dict[str, Path], tmp_path: Path, name: str, method: str

@@ -18,7 +18,7 @@ from training_runs import run, trained
 
 
 @pytest.mark.parametrize("accumulate", [1, 4])
-@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm"])
+@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm", "apt"])
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_two_ranks_train_as_one_device_does(kind: str, name: str, accumulate: int) -> None:
     ((alone, losses, _),) = trained(1, "single", name, accumulate=accumulate)
@@ -42,7 +42,7 @@ WORLD = {"single": 1, "ddp": 2, "fsdp": 2}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm"])
+@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm", "apt"])
 @pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
 def test_a_killed_run_is_bit_equal_to_the_undisturbed_one(
     tmp_path: Path, kind: str, name: str
