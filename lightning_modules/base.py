@@ -1,8 +1,9 @@
-"""The base of every method: roles, one optimisation path, weight averaging, sampling.
+"""The base of every method: roles, one optimisation path, weight averaging.
 
 A method says what it builds (:meth:`FewStepModule.build_roles`), what it draws
 (:meth:`FewStepModule.draw`) and which losses follow (:meth:`FewStepModule.updates`). The rest is
-here, once: accumulation, clipping, learning rates, EMA, counters, checkpoints, validation.
+here, once: accumulation, clipping, learning rates, EMA, counters, validation. What is not of the
+training step is in :mod:`lightning_modules.sampling` and :mod:`lightning_modules.recorded`.
 
 One batch is one student update, whatever the method: ``trainer.global_step`` counts student updates
 and nothing else, so that ``max_steps``, checkpoints, logs and evaluations all mean the same.
@@ -22,18 +23,14 @@ from torch.optim import AdamW
 
 from fewstep.batches import in_shape_of_all
 from fewstep.contracts import Batch
-from fewstep.diffusion import Denoiser, DenoiserLike, Guided, ode_sample
-from fewstep.errors import FewstepError
+from fewstep.diffusion import Denoiser
 from fewstep.networks import ema_update, warmed_up_decay
 from fewstep.networks.folders import find_folder
-from fewstep.networks.loading import METADATA_KEY
 from fewstep.networks.lora import LoRA, SharedBase, share_base
-from fewstep.seeding import Generators, torch_generator
-from lightning_modules.checks import check_same_experiment, load_strictly
+from fewstep.seeding import torch_generator
 from lightning_modules.companions import Companions
 from lightning_modules.conditioning import in_float32
 from lightning_modules.optimisation import Draws, micro_batches
-from lightning_modules.optimised_roles import OptimisedRoles
 from lightning_modules.parallel import ShardedStrategy, shard
 from lightning_modules.preparation import (
     check_precision,
@@ -41,12 +38,13 @@ from lightning_modules.preparation import (
     compile_blocks,
     keep_in,
 )
+from lightning_modules.recorded import RecordedRoles
 from lightning_modules.roles import Evaluations, Update, frozen, run_seed
 
 Turn = Callable[[Batch, Any], Iterator[Update]]
 
 
-class FewStepModule(OptimisedRoles):
+class FewStepModule(RecordedRoles):
     """Common ground of all methods.
 
     Args:
@@ -79,12 +77,6 @@ class FewStepModule(OptimisedRoles):
         vae_slicing: let the VAE encode one sample of a batch at a time: less memory, the same
             numbers. Samples are decoded one at a time in any case.
     """
-
-    frozen_roles: tuple[str, ...] = ()
-
-    student: Denoiser
-    teacher: Denoiser
-    ema: Denoiser | None
 
     def __init__(
         self,
@@ -147,22 +139,6 @@ class FewStepModule(OptimisedRoles):
     @abstractmethod
     def evaluations(self) -> dict[str, Evaluations]:
         """Network evaluations a sample and student update, by role."""
-
-    def sample_from(
-        self,
-        denoiser: DenoiserLike,
-        noise: Tensor,
-        cond: dict[str, Tensor] | None,
-        num_steps: int,
-        generator: Generators,
-    ) -> Tensor:
-        """How this method's student samples; by default along the probability-flow ODE."""
-        times = denoiser.schedule.spaced_times(num_steps)
-        return ode_sample(denoiser, noise, cond, times)
-
-    def method_metadata(self) -> dict[str, Any]:
-        """What of this method a checkpoint must record and agree on, as plain values."""
-        return {}
 
     # ------------------------------------------------------------------ roles
 
@@ -242,16 +218,6 @@ class FewStepModule(OptimisedRoles):
             if network is not None:
                 network.eval()
         return self
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        """Shape of one sample, without the batch dimension."""
-        return self.student.sample_shape
-
-    @property
-    def student_updates(self) -> int:
-        """Optimiser updates the student has had."""
-        return self.global_step
 
     # ------------------------------------------------------------------ training
 
@@ -336,7 +302,7 @@ class FewStepModule(OptimisedRoles):
         """Random numbers that depend on (seed, stream, counters) alone, for exact resume."""
         return torch_generator(run_seed(), stream, *counters, device=self.device)
 
-    # ------------------------------------------------------------------ validation and sampling
+    # ------------------------------------------------------------------ validation
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The training losses on held-out data, with the same draws at every validation."""
@@ -345,99 +311,3 @@ class FewStepModule(OptimisedRoles):
         for update in self.updates(batch, draws):
             values = {f"val/{name}": value for name, value in update.logs.items()}
             self.log_dict(values, batch_size=len(batch["sample"]), sync_dist=True)
-
-    def sampling_roles(self) -> list[str]:
-        """Roles that can sample, the default one first."""
-        roles = ["ema"] if self.ema is not None else []
-        return [*roles, "student", *(r for r in self.frozen_roles if r == "teacher")]
-
-    def step_counts(self, role: str | None = None) -> list[int]:
-        """The numbers of sampling steps to measure a role at, unless told otherwise."""
-        return self.measured_steps or [1, 2, 4, 8]
-
-    def sampling_evaluations(self, num_steps: int, role: str | None = None) -> int:
-        """Network evaluations a sample, guidance included."""
-        return num_steps * (1 if self.guidance_scale(role) == 1 else 2)
-
-    def guidance_scale(self, role: str | None = None) -> float:
-        """The guidance scale a role samples with; 1 is off."""
-        return self.sampling_guidance
-
-    @torch.no_grad()
-    def sample(
-        self,
-        noise: Tensor,
-        cond: dict[str, Tensor] | None,
-        num_steps: int,
-        generator: Generators = None,
-        role: str | None = None,
-        prompt: list[str] | None = None,
-    ) -> Tensor:
-        """Turns noise ``(B, ...)`` into samples.
-
-        Args:
-            noise: standard normal noise.
-            cond: conditioning under the backbone's argument names.
-            num_steps: sampling steps.
-            generator: for samplers that draw: one on the noise's device, or one on the CPU for each
-                sample.
-            role: whose weights; the averaged student by default. ``teacher`` follows the ODE.
-            prompt: captions, encoded by the pipeline's text encoders if there are any; what
-                ``cond`` has already goes first.
-
-        Raises:
-            FewstepError: for a role that cannot sample, or a step count the student cannot serve.
-        """
-        roles = self.sampling_roles()
-        role = roles[0] if role is None else role
-        if role not in roles:
-            raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
-        if prompt is not None and self.companions is not None:
-            cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
-        cond = None if cond is None else in_float32(cond)
-        denoiser = Guided(getattr(self, role), self.guidance_scale(role))
-        if role == "teacher":
-            return FewStepModule.sample_from(self, denoiser, noise, cond, num_steps, generator)
-        return self.sample_from(denoiser, noise, cond, num_steps, generator)
-
-    def decode(self, x0: Tensor) -> Tensor:
-        """Samples to pixels in [-1, 1]; pixel-space models only clamp."""
-        if self.companions is not None:
-            return self.companions.decoded(x0)
-        return x0.clamp(-1, 1) if x0.ndim > 2 else x0
-
-    # ------------------------------------------------------------------ checkpoints
-
-    def metadata(self) -> dict[str, Any]:
-        """What a checkpoint says of itself, in plain values."""
-        return {
-            "format": 1,
-            "method": type(self).__name__,
-            "denoiser": self.student.to_spec(),
-            "frozen": self.provenance,
-            "student_updates": self.student_updates,
-            **self.method_metadata(),
-        }
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Adds the metadata that loading checks and rebuilds from; callbacks may add theirs."""
-        checkpoint.setdefault(METADATA_KEY, {}).update(self.metadata())
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuses a checkpoint of another experiment, naming the difference."""
-        stored = checkpoint.get(METADATA_KEY)
-        check_same_experiment(stored, self.metadata())
-        self.loaded_metadata = stored
-
-    def state_dict(self, *args: Any, **kwargs: Any) -> Any:
-        """The state without frozen roles, whose source and hash are in the metadata."""
-        state = super().state_dict(*args, **kwargs)
-        prefix = kwargs.get("prefix", "")
-        hidden = tuple(f"{prefix}{role}." for role in self.frozen_roles)
-        for name in [n for n in state if n.startswith(hidden)] if hidden else []:
-            del state[name]
-        return state
-
-    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """Loads all but the frozen roles; anything else missing or unknown is an error."""
-        return load_strictly(super().load_state_dict, state_dict, self.frozen_roles, assign)

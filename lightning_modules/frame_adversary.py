@@ -26,6 +26,7 @@ from fewstep.networks.frames import (
     FrozenFeatures,
 )
 from fewstep.networks.frames.heads import Normalisation
+from fewstep.networks.latents import LatentCodec, chosen_frames
 
 LOSSES = {
     "hinge": (linear_generator, hinge_discriminator),
@@ -155,6 +156,43 @@ class FrameAdversary:
 
     # ------------------------------------------------------------------ looking
 
+    def fakes(
+        self,
+        video: Tensor,
+        batch: Batch,
+        frames: Tensor,
+        uniforms: Tensor,
+        codec: LatentCodec | None,
+    ) -> Looks:
+        """Some frames of a student's predictions, with gradient to these.
+
+        Args:
+            video: ``(B, C, F, ...)``, latents where there is a codec.
+            batch: whose conditions they were made from.
+            frames: ``(B, n)``, which ones.
+            uniforms: see :meth:`look`.
+            codec: decodes them.
+        """
+        pictures = frames_of(video, frames, codec, self.checkpoint_decoder)
+        return self.look(pictures, uniforms, batch["cond"], batch.get("prompt"))
+
+    @torch.no_grad()
+    def reals(
+        self, batch: Batch, frames: Tensor, uniforms: Tensor, codec: LatentCodec | None
+    ) -> Looks:
+        """Frames of the batch's videos, or the images beside them."""
+        source = batch
+        if self.real == "images":
+            source = batch["images"]
+            pictures = source["sample"].unflatten(0, (len(batch["sample"]), -1))
+        else:
+            encoded = batch["pixels"].shape == batch["sample"].shape
+            pictures = frames_of(batch["pixels"], frames, codec if encoded else None)
+        if self.round_trip and codec is not None:
+            with torch.autocast(pictures.device.type, enabled=False):
+                pictures = codec.round_trip(pictures)
+        return self.look(pictures, uniforms, source["cond"], source.get("prompt"))
+
     def look(
         self,
         pictures: Tensor,
@@ -198,3 +236,13 @@ class FrameAdversary:
         if fake.cond is not None:
             cond = fake.cond.unflatten(0, (-1, fake.each))[:, : mix.shape[1]].flatten(0, 1)
         return one_centred_penalty(leaves, [discriminator.score(leaves, cond)])
+
+
+def frames_of(
+    video: Tensor, frames: Tensor, codec: LatentCodec | None, checkpointed: bool = False
+) -> Tensor:
+    """Frames ``(B, n)`` of videos, pixels or a codec's latents, as pixels ``(B, n, C, H, W)``."""
+    if codec is None:
+        return chosen_frames(video, frames)
+    with torch.autocast(video.device.type, enabled=False):
+        return codec.decode_frames(video, frames, checkpointed)

@@ -21,7 +21,7 @@ from torch.optim import AdamW
 from fewstep.contracts import Alarm, Batch
 from fewstep.errors import FewstepError
 from fewstep.networks import ema_update
-from fewstep.networks.latents import chosen_frames
+from fewstep.networks.latents import LatentCodec
 from fewstep.networks.motion import (
     COLLAPSED_VARIANCE,
     LearnableHead,
@@ -223,39 +223,20 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
             target = head(pair.target)
         return self.consistency_loss(pair._replace(student=motion, target=target))
 
+    def _codec(self, device: torch.device) -> LatentCodec | None:
+        return None if self.companions is None else self.companions.codec.to(device)
+
     def _look_at_fakes(self, pair: Pair, batch: Batch, draws: MotionDraws) -> Looks:
         """Some frames of what the student predicts, with gradient to it."""
         assert self.adversary is not None
-        pictures = self._pictures(pair.student, draws.fake_frames)
-        prompts = batch.get("prompt")
-        return self.adversary.look(pictures, draws.fake_look, batch["cond"], prompts)
+        codec, chosen = self._codec(pair.student.device), (draws.fake_frames, draws.fake_look)
+        return self.adversary.fakes(pair.student, batch, *chosen, codec)
 
-    def _pictures(self, video: Tensor, frames: Tensor) -> Tensor:
-        """Frames ``(B, n)`` of videos, latents or pixels, as pixels ``(B, n, C, H, W)``."""
-        is_latent = tuple(video.shape[1:]) == self.sample_shape and self.companions is not None
-        if not is_latent or self.companions is None:
-            return chosen_frames(video, frames)
-        assert self.adversary is not None
-        codec = self.companions.codec.to(video.device)
-        with torch.autocast(video.device.type, enabled=False):
-            return codec.decode_frames(video, frames, self.adversary.checkpoint_decoder)
-
-    @torch.no_grad()
     def _look_at_reals(self, batch: Batch, draws: MotionDraws) -> Looks:
         """Frames of the batch's videos, or the images beside them."""
         assert self.adversary is not None
-        source = batch
-        if self.adversary.real == "images":
-            source = batch["images"]
-            pictures = source["sample"].unflatten(0, (len(batch["sample"]), -1))
-        else:
-            pictures = self._pictures(batch["pixels"], draws.real_frames)
-        if self.adversary.round_trip and self.companions is not None:
-            codec = self.companions.codec.to(pictures.device)
-            with torch.autocast(pictures.device.type, enabled=False):
-                pictures = codec.round_trip(pictures)
-        prompts = source.get("prompt")
-        return self.adversary.look(pictures, draws.real_look, source["cond"], prompts)
+        codec, chosen = self._codec(batch["pixels"].device), (draws.real_frames, draws.real_look)
+        return self.adversary.reals(batch, *chosen, codec)
 
     def _discriminator_update(
         self, batch: Batch, draws: MotionDraws, fake: Looks, fake_tokens: Sequence[Tensor]

@@ -30,7 +30,7 @@ from fewstep.metrics.ranks import Ranks
 from fewstep.metrics.references import ReferenceStore
 from fewstep.metrics.rows import Rows
 from fewstep.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
-from fewstep.metrics.tracks import TrackError, tracks
+from fewstep.metrics.tracks import TrackAcceleration, TrackError, tracks
 from fewstep.metrics.video_mae import FrechetVideoMAE, VideoMAEFeatures
 
 __all__ = [
@@ -76,6 +76,7 @@ __all__ = [
     "Sharpness",
     "SlicedWasserstein",
     "Statistics",
+    "TrackAcceleration",
     "TrackError",
     "VideoMAEFeatures",
     "WatermarkEnergy",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.metrics.amounts import Amount
 from fewstep.metrics.base import Samples, Statistics
 from fewstep.metrics.moving_digits import light, unmarked
 from fewstep.metrics.pairs import Paired
@@ -41,17 +42,42 @@ def tracks(pixels: Tensor) -> Tensor:
     return torch.where(total >= LEAST_INK, 1.0, torch.nan)[..., None] * sums / total[..., None]
 
 
+class TrackAcceleration(Amount):
+    """``track_acceleration``: how much the ink's velocity changes from frame to frame.
+
+    Mean length in pixels a frame, squared; frames without ink are left out. Digits go straight on
+    and bounce now and then, so the data's own is small, and jerks or jumps raise it. It needs no
+    partner: unlike :class:`TrackError` it also judges samplers that draw noise on their way, whose
+    samples rightly leave the teacher's.
+    """
+
+    nothing = "The reference's digits never change their velocity"
+
+    def __init__(self) -> None:
+        super().__init__("track_acceleration")
+        self.better[self.name] = self.better[f"{self.name}_ratio"] = "lower"
+
+    def amounts(self, features: Mapping[str, Tensor], samples: Samples) -> list[Tensor]:
+        _check_video(samples, least=3)
+        changes = tracks(samples.pixels).diff(n=2, dim=1).norm(dim=-1)
+        return [changes.nanmean(1).nan_to_num(0.0)]
+
+
+def _check_video(samples: Samples, least: int) -> None:
+    if samples.pixels.ndim != 5 or samples.pixels.shape[2] < least:
+        raise FewstepError(
+            f"Tracks take videos of at least {least} frames here; the samples are "
+            f"{tuple(samples.pixels.shape)}."
+        )
+
+
 class TrackRows(Rows):
     """Tracks of a bounded number of videos."""
 
     of_samples = True
 
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
-        if samples.pixels.ndim != 5 or samples.pixels.shape[2] < 2:
-            raise FewstepError(
-                "Tracks take videos of at least two frames; the samples are "
-                f"{tuple(samples.pixels.shape)}."
-            )
+        _check_video(samples, least=2)
         super().update({**features, TRACKS: tracks(samples.pixels)}, samples)
 
 

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from datamodules.moving_clips import Clip
 from fewstep.errors import FewstepError
-from fewstep.metrics import TrackError, tracks
+from fewstep.metrics import TrackAcceleration, TrackError, tracks
 
 from metric_cases import batches, measured, measured_by_ranks, noise
 from moving_samples import digit_clips
@@ -131,7 +131,7 @@ def test_only_so_many_tracks_are_kept() -> None:
 
 def test_what_has_no_track_is_an_error() -> None:
     for shape in ((2, 1, 32, 32), (2, 1, 1, 32, 32)):
-        with pytest.raises(FewstepError, match="at least two frames"):
+        with pytest.raises(FewstepError, match="at least 2 frames"):
             measured(TrackError(), batches(noise(*shape)), batches(noise(*shape)))
     with pytest.raises(FewstepError, match="square grey"):
         measured(TrackError(), batches(noise(2, 3, 4, 8, 8)), batches(noise(2, 3, 4, 8, 8)))
@@ -143,3 +143,25 @@ def test_it_asks_for_pairs() -> None:
     assert TrackError().reference == "pairs"
     assert set(TrackError().better.values()) == {"lower"}
     assert TrackError(7).protocol()["pairs"] == TrackError(7).pairs == 7
+
+
+def test_acceleration_is_that_of_the_true_tracks_and_grows_with_disorder() -> None:
+    pixels, clips = digit_clips("clear", 80, num_frames=8, max_digits=1)
+    truth = centres(clips).diff(n=2, dim=1).norm(dim=-1).mean()
+    found = measured(TrackAcceleration(), batches(pixels))["track_acceleration"]
+    assert found == pytest.approx(float(truth), abs=0.04)
+    shuffled = pixels[:, :, torch.randperm(8, generator=torch.Generator().manual_seed(0))]
+    values = measured(TrackAcceleration(), batches(shuffled), batches(pixels))
+    assert values["track_acceleration_ratio"] > 5
+    still = pixels[:, :, :1].expand_as(pixels)
+    assert measured(TrackAcceleration(), batches(still))["track_acceleration"] == 0
+
+
+def test_acceleration_leaves_frames_without_ink_out_and_needs_three_frames() -> None:
+    pixels, _ = digit_clips("clear", 8, num_frames=8, max_digits=1)
+    black = pixels.clone()
+    black[:, :, -1] = -1
+    values = [measured(TrackAcceleration(), batches(x)) for x in (black, pixels[:, :, :-1])]
+    assert values[0] == pytest.approx(values[1], abs=1e-3)  # the mark is fitted to other frames
+    with pytest.raises(FewstepError, match="at least 3 frames"):
+        measured(TrackAcceleration(), batches(pixels[:, :, :2]))
