@@ -56,7 +56,7 @@ class AdversarialPostTraining(FewStepModule):
         loss: ``non_saturating`` with the penalty on real samples, as published; or
             ``relativistic``, which pairs real and generated samples and penalises both (APT's
             successor; R3GAN proves that this converges locally).
-        penalty: weight of the approximated R1 (published: 100), and R2.
+        penalty: weight of the approximated R1 (published: 100) and, with pairs, R2 (AAPT: 1000).
         sigma: standard deviation of its perturbation, in latents of about unit variance (published:
             0.01 for images, 0.1 for videos). What counts is about ``penalty * sigma**2``.
         exact_penalty: use the gradients themselves, with weight ``penalty * sigma**2``. They are

@@ -27,7 +27,7 @@ from fewstep.diffusion import Denoiser
 from fewstep.networks import ema_update, warmed_up_decay
 from fewstep.networks.folders import find_folder
 from fewstep.networks.lora import LoRA, SharedBase, share_base
-from fewstep.seeding import torch_generator
+from fewstep.seeding import derived_seed, torch_generator
 from lightning_modules.companions import Companions
 from lightning_modules.conditioning import in_float32
 from lightning_modules.optimisation import Draws, micro_batches
@@ -152,7 +152,10 @@ class FewStepModule(RecordedRoles):
             return
         if self._trainer is not None:
             check_precision(str(self._trainer.precision))
-        self.build_roles()
+        with torch.random.fork_rng(devices=[]):
+            # What starts at random does so alike on all ranks, whatever else was drawn there.
+            torch.manual_seed(derived_seed(run_seed(), "roles"))
+            self.build_roles()
         self._find_companions()
         self.ema = None if self.ema_decay is None else self._average_of_student()
         for role in self.frozen_roles:
@@ -308,6 +311,9 @@ class FewStepModule(RecordedRoles):
         """The training losses on held-out data, with the same draws at every validation."""
         batch = self._encoded(batch, "validation-latents", batch_idx)
         draws = self.draw(batch, self._generator("validation", batch_idx, self.global_rank))
-        for update in self.updates(batch, draws):
-            values = {f"val/{name}": value for name, value in update.logs.items()}
-            self.log_dict(values, batch_size=len(batch["sample"]), sync_dist=True)
+        logs: dict[str, Tensor] = {}
+        for share, part, drawn in micro_batches(batch, draws, self.accumulate):
+            for update in self.updates(part, drawn):
+                for name, value in update.logs.items():
+                    logs[f"val/{name}"] = logs.get(f"val/{name}", 0) + share * value.detach()
+        self.log_dict(logs, batch_size=len(batch["sample"]), sync_dist=True)

@@ -109,6 +109,12 @@ class Companions:
         with torch.autocast(latents.device.type, enabled=False):
             return torch.cat([codec.decode(one) for one in latents.split(1)])
 
+    def pixel_frames(self, latents: int) -> int:
+        """Frames in pixels of so many in latents: a VAE for videos makes fewer of them."""
+        if not self.codec.encodes_videos:
+            return latents
+        return (latents - 1) * self.codec.factors[0] + 1
+
     def release(self) -> None:
         """Puts what is loaded on the CPU until it is needed again."""
         loaded = vars(self)

@@ -111,13 +111,13 @@ class FrameAdversary:
 
     # ------------------------------------------------------------------ randomness
 
-    def draw(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
-        """What is random about what is looked at, each ``(B, ...)``.
+    def draw(self, batch: Batch, generator: torch.Generator, frames: int) -> dict[str, Tensor]:
+        """What is random about what is looked at, each ``(B, ...)``, of videos of so many frames.
 
         Raises:
             FewstepError: if videos have fewer frames than are to be looked at.
         """
-        size, frames, device = len(batch["sample"]), batch["sample"].shape[2], generator.device
+        size, device = len(batch["sample"]), generator.device
         if frames < self.num_frames:
             raise FewstepError(
                 f"The adversary looks at {self.num_frames} frames of each video and they have "
@@ -181,14 +181,14 @@ class FrameAdversary:
         self, batch: Batch, frames: Tensor, uniforms: Tensor, codec: LatentCodec | None
     ) -> Looks:
         """Frames of the batch's videos, or the images beside them."""
-        source = batch
+        source, decoded = batch, False
         if self.real == "images":
             source = batch["images"]
             pictures = source["sample"].unflatten(0, (len(batch["sample"]), -1))
         else:
-            encoded = batch["pixels"].shape == batch["sample"].shape
-            pictures = frames_of(batch["pixels"], frames, codec if encoded else None)
-        if self.round_trip and codec is not None:
+            decoded = codec is not None and batch["pixels"].shape == batch["sample"].shape
+            pictures = frames_of(batch["pixels"], frames, codec if decoded else None)
+        if self.round_trip and codec is not None and not decoded:  # decoding left its marks
             with torch.autocast(pictures.device.type, enabled=False):
                 pictures = codec.round_trip(pictures)
         return self.look(pictures, uniforms, source["cond"], source.get("prompt"))

@@ -65,7 +65,8 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         teacher: a checkpoint, run or experiment folder, or a factory of a denoiser.
         motion: what of student and target must agree. A trainable representation is trained along
             with the student, the target's being its average; neither is needed for sampling.
-        motion_optimizer: makes a trainable representation's optimiser (published: the student's).
+        motion_optimizer: makes a trainable representation's optimiser; by default the student's, as
+            published. Fast ones let it collapse.
         motion_ema_decay: decay of that average (released code: 0.95).
         adversary: judges frames; null leaves their looks to the teacher's videos.
         discriminator_optimizer: makes the discriminator's optimiser (published: AdamW, 1e-4 at a
@@ -84,7 +85,7 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         self,
         teacher: TeacherSource,
         motion: MotionRepresentation | None = None,
-        motion_optimizer: OptimizerCallable = AdamW,
+        motion_optimizer: OptimizerCallable | None = None,
         motion_ema_decay: float = 0.95,
         adversary: FrameAdversary | None = None,
         discriminator_optimizer: OptimizerCallable = AdamW,
@@ -110,7 +111,7 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
                 "encoder_precision: bfloat16, or float32."
             )
         if self.make_motion.trainable:
-            self.make_optimizer["motion"] = motion_optimizer
+            self.make_optimizer["motion"] = motion_optimizer or self.make_optimizer["student"]
         if adversary is not None:
             self.make_optimizer["discriminator"] = discriminator_optimizer
             self.frozen_roles = ("teacher", "features")
@@ -191,7 +192,9 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         none = torch.empty(len(x0), 0, device=device)
         looks = dict.fromkeys(("fake_frames", "real_frames", "fake_look", "real_look", "mix"), none)
         if self.adversary is not None:
-            looks = self.adversary.draw(batch, generator)
+            frames, vae = self.sample_shape[1], self.companions
+            frames = frames if vae is None else vae.pixel_frames(frames)
+            looks = self.adversary.draw(batch, generator, frames)
         start = torch.randn(x0.shape, generator=generator, device=device)
         return MotionDraws(**common, **looks, start=start)
 
@@ -253,6 +256,8 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
             "discriminator": loss,
             "real_score": real_scores.mean(),
             "fake_score": fake_scores.mean(),
+            "real_accuracy": (real_scores > 0).float().mean(),
+            "fake_accuracy": (fake_scores < 0).float().mean(),
         }
         if self.adversary.penalty and torch.is_grad_enabled():
             penalty = self.adversary.penalty_on(self.discriminator, real, fake, draws.mix)

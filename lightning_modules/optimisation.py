@@ -29,10 +29,12 @@ def micro_batches(batch: Batch, draws: Draws, count: int) -> Iterator[tuple[floa
     if count == 1:
         yield 1.0, batch, draws
         return
-    size = -(-total // count)
-    for start in range(0, total, size):
-        rows = slice(start, min(start + size, total))
-        yield (rows.stop - start) / total, rows_of(batch, rows), draws.rows(rows)
+    for number in range(count):
+        start, stop = total * number // count, total * (number + 1) // count
+        # Ranks gather sharded roles together, so also a batch that damage has made shorter than
+        # `count` has as many parts: some then hold a sample that does not count.
+        rows = slice(start, stop) if start < stop else slice(0, 1)
+        yield (stop - start) / total, rows_of(batch, rows), draws.rows(rows)
 
 
 def learning_rate_factor(

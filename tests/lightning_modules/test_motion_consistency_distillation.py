@@ -497,3 +497,64 @@ def test_draws_split_with_their_samples() -> None:
     part = draws.rows(slice(2, 4))
     assert torch.equal(part.fake_look, draws.fake_look[2:4])
     assert len(part.start) == 2
+
+
+def test_a_heads_optimiser_is_the_students_unless_told_otherwise() -> None:
+    module = built()
+    assert module.make_optimizer["motion"] is module.make_optimizer["student"]
+
+
+@pytest.mark.parametrize(("decay", "follows"), [(0.0, True), (1.0, False)])
+def test_the_targets_representation_is_the_average_of_the_students(
+    decay: float, follows: bool
+) -> None:
+    module = built(motion_ema_decay=decay)
+    before = [p.clone() for p in module.motion_average.parameters()]
+    with torch.no_grad():
+        for parameter in module.motion.parameters():
+            parameter.add_(1.0)
+    module.after_update()
+    now, then = module.motion_average.parameters(), module.motion.parameters()
+    for average, own, old in zip(now, then, before, strict=True):
+        assert torch.equal(average, own if follows else old)
+
+
+class FakeCodec:
+    """Counts what it is asked for."""
+
+    encodes_videos = False
+
+    def __init__(self) -> None:
+        self.trips = 0
+
+    def decode_frames(self, video: Tensor, frames: Tensor, checkpointed: bool = False) -> Tensor:
+        return video.new_ones(*frames.shape, 1, 8, 8)
+
+    def round_trip(self, pictures: Tensor) -> Tensor:
+        self.trips += 1
+        return pictures
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_real_frames_bear_the_vaes_marks_once(encoded: bool) -> None:
+    """Frames that were decoded from latents have been through it already."""
+    judge, codec, batch = adversary(round_trip=True, augment=()), FakeCodec(), videos()
+    batch["pixels"] = batch["sample"] if encoded else torch.zeros(SIZE, 1, 3, 16, 16)
+    frames = torch.zeros(SIZE, 2, dtype=torch.long)
+    uniforms = torch.rand(SIZE, 2, 7)
+    judge.reals(batch, frames, uniforms, codec)  # type: ignore[arg-type]
+    assert codec.trips == (0 if encoded else 1)
+
+
+def test_frames_are_counted_in_pixels_where_a_vae_joins_them(tmp_path: Path) -> None:
+    folder = SAVES["wan"](tmp_path / "pipeline")
+    source = Pretrained(str(folder), size=(16, 16), frames=5)
+    module = MotionConsistencyDistillation(
+        source, motion=RawMotion(), adversary=adversary(condition=None), num_grid_points=20
+    )
+    module.configure_model()
+    assert module.sample_shape[1] == 2
+    assert module.companions is not None
+    assert module.companions.pixel_frames(2) == 5
+    batch: Batch = {"sample": torch.zeros(64, *module.sample_shape), "cond": {}, "key": []}
+    assert int(draw(module, batch).fake_frames.max()) == 4

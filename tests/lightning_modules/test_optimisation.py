@@ -71,3 +71,14 @@ def test_pictures_stay_with_the_samples_they_go_with(each: int) -> None:
         assert pictures["prompt"] == [f"caption {i}" for i in mine]
         seen += mine
     assert seen == numbers.tolist()
+
+
+def test_a_batch_shorter_than_its_parts_has_as_many_parts_all_the_same() -> None:
+    """Other ranks, whose batches are whole, gather sharded networks so many times."""
+    batch: Batch = {"sample": torch.arange(3.0)[:, None], "cond": {}, "key": ["a", "b", "c"]}
+    parts = list(micro_batches(batch, Numbers(torch.arange(3)), 4))
+    assert len(parts) == 4
+    assert sum(share for share, _, _ in parts) == 1
+    counted = [float(part["sample"].item()) for share, part, _ in parts if share]
+    assert counted == [0.0, 1.0, 2.0]
+    assert all(len(part["sample"]) == 1 for _, part, _ in parts)

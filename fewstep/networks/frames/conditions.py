@@ -193,9 +193,8 @@ class TextCondition(FrameCondition):
         )
         network = self._network.to(device)
         with torch.autocast(device.type, enabled=False):
-            read = network(
-                input_ids=tokens["input_ids"].to(device),
-                attention_mask=tokens["attention_mask"].to(device),
-            )
+            # No mask: attention is causal and the caption's end is read, so padding behind it says
+            # nothing, while looking at a mask would make the host wait.
+            read = network(input_ids=tokens["input_ids"].to(device, non_blocking=True))
         embeddings: Tensor = read.text_embeds
         return embeddings.float()

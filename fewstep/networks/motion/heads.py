@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
@@ -42,7 +43,9 @@ class LearnableHead(MotionRepresentation):
     def forward(self, video: Tensor) -> Tensor:
         """``(B, C, F, H, W)``; float32 unless both head and video are of half precision."""
         frames = video.transpose(1, 2).flatten(0, 1)
-        change = self.residual(frames.to(next(self.parameters()).dtype))
+        # Two branches that are almost alike are compared: bfloat16 would round the difference away.
+        with torch.autocast(video.device.type, enabled=False):
+            change = self.residual(frames.to(next(self.parameters()).dtype))
         return video + change.unflatten(0, (len(video), -1)).transpose(1, 2)
 
 
