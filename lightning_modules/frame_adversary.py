@@ -246,3 +246,13 @@ def frames_of(
         return chosen_frames(video, frames)
     with torch.autocast(video.device.type, enabled=False):
         return codec.decode_frames(video, frames, checkpointed)
+
+
+def how_told_apart(real: Tensor, fake: Tensor) -> dict[str, Tensor]:
+    """Mean scores of both sides, and the share of them on the right side of zero."""
+    return {
+        "real_score": real.mean(),
+        "fake_score": fake.mean(),
+        "real_accuracy": (real > 0).float().mean(),
+        "fake_accuracy": (fake < 0).float().mean(),
+    }

@@ -35,7 +35,7 @@ from lightning_modules.consistency_distillation import (
     ConsistencyDraws,
     Pair,
 )
-from lightning_modules.frame_adversary import FrameAdversary, Looks
+from lightning_modules.frame_adversary import FrameAdversary, Looks, how_told_apart
 from lightning_modules.gradients import is_sharded
 from lightning_modules.roles import Evaluations, TeacherSource, Update, frozen, run_seed
 
@@ -252,13 +252,7 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         real_scores = self.discriminator.score(real_tokens, real.cond)
         fake_scores = self.discriminator.score(fake_tokens, fake.cond)
         loss = self.adversary.discriminator_loss([real_scores], [fake_scores])
-        logs = {
-            "discriminator": loss,
-            "real_score": real_scores.mean(),
-            "fake_score": fake_scores.mean(),
-            "real_accuracy": (real_scores > 0).float().mean(),
-            "fake_accuracy": (fake_scores < 0).float().mean(),
-        }
+        logs = {"discriminator": loss, **how_told_apart(real_scores, fake_scores)}
         if self.adversary.penalty and torch.is_grad_enabled():
             penalty = self.adversary.penalty_on(self.discriminator, real, fake, draws.mix)
             loss, logs["penalty"] = loss + self.adversary.penalty * penalty, penalty
