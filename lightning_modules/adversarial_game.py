@@ -86,14 +86,16 @@ class AdversarialGame:
         """The student's loss; real samples matter only where they are paired with."""
         if not self.relativistic:
             return non_saturating_generator(judge([fake], [position]))
-        real_logits, fake_logits = judge([real, fake], [position, position])
+        with torch.no_grad():  # no gradient passes through real samples
+            (real_logits,) = judge([real], [position])
+        (fake_logits,) = judge([fake], [position])
         return relativistic_generator([real_logits], [fake_logits])
 
     def evaluations(self) -> tuple[int, int]:
-        """Of the discriminator, in its own turn and in the student's."""
+        """Forward and backward passes of the discriminator, in both turns together."""
         sides = 2 if self.relativistic else 1
-        perturbed = sides if self.penalty and not self.exact else 0
-        return 2 + perturbed, sides
+        own = 2 + (sides if self.penalty and not self.exact else 0)
+        return own + sides, own + 1
 
     def _approximated(
         self, judge: Judge, real: Tensor, fake: Tensor, draws: AdversarialDraws

@@ -183,6 +183,8 @@ class AdversarialPostTraining(FewStepModule):
         """Samples that the discriminator takes for real; gradient only passes through it."""
         fake = self.generate(draws.student_noise, batch["cond"])
         judge = partial(self.judge, batch["cond"])
+        # Until after the backward pass: FSDP2 would reduce gradients that nobody takes.
+        self.discriminator.requires_grad_(False)
         real, position = batch["sample"].to(fake.dtype), draws.student_position
         adversarial = self.game.student_loss(judge, real, fake, position)
         logs = {"adversarial": adversarial}
@@ -190,7 +192,10 @@ class AdversarialPostTraining(FewStepModule):
             # From the same conditions as in the discriminator's turn, whose order this one keeps,
             # and by the same weights.
             logs |= between_seeds(made.pop(0), fake)
-        yield Update("student", adversarial, logs)
+        try:
+            yield Update("student", adversarial, logs)
+        finally:
+            self.discriminator.requires_grad_(True)
 
     def generate(self, noise: Tensor, cond: Cond) -> Tensor:
         """The student's jump from pure noise to the trajectory's end, ``(B, ...)``.
@@ -268,9 +273,8 @@ class AdversarialPostTraining(FewStepModule):
         return {"sampling": sampling}
 
     def evaluations(self) -> dict[str, Evaluations]:
-        own, students = self.game.evaluations()
-        count = own + students
+        forward, backward = self.game.evaluations()
         return {
             "student": Evaluations(forward=2, backward=1),
-            "discriminator": Evaluations(forward=count, backward=count),
+            "discriminator": Evaluations(forward, backward),
         }

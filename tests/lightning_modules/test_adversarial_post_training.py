@@ -214,12 +214,12 @@ def test_relativistic_pairs_are_judged_at_the_same_time_and_both_are_perturbed()
     module, batch = built(sigma=0.1, loss="relativistic"), digits()
     calls, draws = recorded(module), draw(module, batch)
     list(module.updates(batch, draws))
-    (samples, times), (pairs, pair_times) = calls
+    (samples, times), (real, real_times), (_, fake_times) = calls
     assert all(torch.equal(times[:6], part) for part in times.chunk(4))
-    assert torch.equal(*pair_times.chunk(2))
+    assert torch.equal(real_times, fake_times)
     _, fake, _, moved = samples.chunk(4)
     torch.testing.assert_close(moved, fake + 0.1 * draws.fake_perturbation)
-    assert torch.equal(pairs[:6], batch["sample"])
+    assert torch.equal(real, batch["sample"])
 
 
 def test_one_call_for_all_lots_is_as_good_as_one_for_each() -> None:
