@@ -238,7 +238,7 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
     def _look_at_reals(self, batch: Batch, draws: MotionDraws) -> Looks:
         """Frames of the batch's videos, or the images beside them."""
         assert self.adversary is not None
-        codec, chosen = self._codec(batch["pixels"].device), (draws.real_frames, draws.real_look)
+        codec, chosen = self._codec(batch["sample"].device), (draws.real_frames, draws.real_look)
         return self.adversary.reals(batch, *chosen, codec)
 
     def _discriminator_update(

@@ -211,6 +211,7 @@ def test_the_straightforward_side_holds_a_base_more() -> None:
     assert count[plain] - count[ours] == sum(p.numel() for p in ours.teacher.parameters())
 
 
+@pytest.mark.slow
 def test_the_table_says_what_was_measured_and_what_bounds_it(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

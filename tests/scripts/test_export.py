@@ -169,6 +169,7 @@ def test_a_class_conditional_pipeline_draws_what_its_student_draws(tmp_path: Pat
 # ---------------------------------------------------------------------- adapters
 
 
+@pytest.mark.slow
 def test_a_lora_student_is_exported_merged_or_as_an_adapter(base: Path, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     path = tmp_path / "student.ckpt"
@@ -220,6 +221,7 @@ def digit_teacher(schedule: Schedule) -> Denoiser:
     return Denoiser(DiT(8, 1, num_layers=2, num_heads=2, head_dim=8), schedule, prediction)
 
 
+@pytest.mark.slow
 def test_the_cards_lines_for_digits_draw_what_the_student_draws(tmp_path: Path) -> None:
     torch.manual_seed(0)
     ours = {}

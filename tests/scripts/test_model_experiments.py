@@ -37,7 +37,7 @@ def trains(folder: Path, experiment: str) -> None:
     assert (version / "checkpoints" / "update_00000003.ckpt").exists()
 
 
-@pytest.mark.parametrize("experiment", ["sd15/pcm_2_adversarial", "modelscope/mcm_images"])
+@pytest.mark.parametrize("experiment", ["sd15/pcm_2_adversarial"])
 def test_an_experiment_trains_draws_and_resumes(here: Path, experiment: str) -> None:
     trains(here, experiment)
 

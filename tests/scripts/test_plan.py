@@ -158,7 +158,9 @@ def test_the_table_names_each_role(here: Path, capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
-@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize(
+    "precision", ["32-true", pytest.param("bf16-mixed", marks=pytest.mark.slow)]
+)
 def test_a_plan_is_what_a_real_step_needs(
     experiment: str, precision: str, planned: Callable[..., Planned]
 ) -> None:
@@ -179,6 +181,7 @@ def test_a_plan_is_what_a_real_step_needs(
         assert role.optimizer == sum(state.nbytes for state in states)
 
 
+@pytest.mark.slow
 def test_accumulation_saves_activations_and_no_work(planned: Callable[..., Planned]) -> None:
     whole, _, _ = planned("digits/lcm")
     split, module, data = planned("digits/lcm", "--model.init_args.accumulate", "3")
