@@ -91,7 +91,8 @@ def small(folder: Path, experiment: str) -> Path:
     frames = FRAMES.get(model)
     pipeline = SAVES[FAMILY[model]](folder / "pipeline")
     data = shards(folder / "data", frames)
-    options: dict[str, Any] = {"teacher": teacher(pipeline, frames=frames)}
+    # As many parts as there are samples: an update of 128 parts would take 128 passes here too.
+    options: dict[str, Any] = {"teacher": teacher(pipeline, frames=frames), "accumulate": 2}
     if "pcm" in name:
         options["num_grid_points"] = 20
     if experiment == "sdxl/pcm_4_adversarial":
