@@ -38,13 +38,14 @@ def rows_of(batch: Batch, rows: slice | list[int]) -> Batch:
     return part
 
 
-def in_shape_of_all(batch: Batch, world_size: int) -> Batch:
-    """A batch as large as those of all ranks together, whose values mean nothing."""
-    every: Batch = {**batch, "sample": _repeated(batch["sample"], world_size)}
+def in_shape_of(batch: Batch, size: int) -> Batch:
+    """A batch of another size, whose values mean nothing, with as many images a sample."""
+    other: Batch = {**batch, "sample": _repeated(batch["sample"], size)}
     if "images" in batch:
-        every["images"] = in_shape_of_all(batch["images"], world_size)
-    return every
+        each = len(batch["images"]["sample"]) // len(batch["sample"])
+        other["images"] = in_shape_of(batch["images"], each * size)
+    return other
 
 
-def _repeated(values: Tensor, times: int) -> Tensor:
-    return values[:1].expand(times * len(values), *values.shape[1:])
+def _repeated(values: Tensor, size: int) -> Tensor:
+    return values[:1].expand(size, *values.shape[1:])

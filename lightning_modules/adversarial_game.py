@@ -33,8 +33,9 @@ class AdversarialDraws(Draws):
     """Randomness of one step.
 
     Noises ``(B, ...)`` of the samples that the discriminator and then the student learn from, and
-    the perturbations ``(B, ...)`` of real and generated ones; positions ``(B,)`` in [0, 1) of the
-    times that the discriminator is told, in its own turn and in the student's.
+    the perturbations ``(B, ...)`` of real and generated ones, empty ``(B, 0)`` where none is
+    needed; positions ``(B,)`` in [0, 1) of the times that the discriminator is told, in its own
+    turn and in the student's.
     """
 
     noise: Tensor
@@ -61,6 +62,11 @@ class AdversarialGame:
     penalty: float
     sigma: float
     exact: bool
+
+    @property
+    def perturbed(self) -> tuple[bool, bool]:
+        """Whether real samples are perturbed, and whether generated ones are."""
+        return bool(self.penalty), bool(self.penalty) and self.relativistic
 
     def discriminator_loss(
         self, judge: Judge, real: Tensor, fake: Tensor, draws: AdversarialDraws
@@ -93,9 +99,8 @@ class AdversarialGame:
 
     def evaluations(self) -> tuple[int, int]:
         """Forward and backward passes of the discriminator, in both turns together."""
-        sides = 2 if self.relativistic else 1
-        own = 2 + (sides if self.penalty and not self.exact else 0)
-        return own + sides, own + 1
+        own = 2 + (0 if self.exact else sum(self.perturbed))
+        return own + (2 if self.relativistic else 1), own + 1
 
     def _approximated(
         self, judge: Judge, real: Tensor, fake: Tensor, draws: AdversarialDraws
@@ -104,11 +109,12 @@ class AdversarialGame:
 
         Clean and perturbed samples are told the same time, and both branches carry gradient.
         """
+        real_perturbed, fake_perturbed = self.perturbed
         samples, positions = [real, fake], [draws.real_position, draws.fake_position]
-        if self.penalty:
+        if real_perturbed:
             samples.append(real + self.sigma * draws.real_perturbation)
             positions.append(draws.real_position)
-        if self.penalty and self.relativistic:
+        if fake_perturbed:
             samples.append(fake + self.sigma * draws.fake_perturbation)
             positions.append(draws.fake_position)
         real_logits, fake_logits, *perturbed = judge(samples, positions)

@@ -148,7 +148,11 @@ class AdversarialPostTraining(FewStepModule):
 
     def draw(self, batch: Batch, generator: torch.Generator) -> AdversarialDraws:
         shape, device = batch["sample"].shape, generator.device
-        noises = [torch.randn(shape, generator=generator, device=device) for _ in range(4)]
+        needed = (True, True, *self.game.perturbed)
+        noises = [
+            torch.randn(shape if need else (shape[0], 0), generator=generator, device=device)
+            for need in needed
+        ]
         positions = list(torch.rand(3, shape[0], generator=generator, device=device))
         if self.game.relativistic:  # pairs are compared under the same time
             positions[1] = positions[0]

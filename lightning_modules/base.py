@@ -21,7 +21,7 @@ from lightning.pytorch.cli import OptimizerCallable
 from torch import Tensor, nn
 from torch.optim import AdamW
 
-from fewstep.batches import in_shape_of_all
+from fewstep.batches import in_shape_of
 from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser
 from fewstep.networks import ema_update, warmed_up_decay
@@ -30,7 +30,13 @@ from fewstep.networks.lora import LoRA, SharedBase, share_base
 from fewstep.seeding import derived_seed, torch_generator
 from lightning_modules.companions import Companions
 from lightning_modules.conditioning import in_float32
-from lightning_modules.optimisation import Draws, micro_batches
+from lightning_modules.optimisation import (
+    BLOCK,
+    Draws,
+    in_blocks,
+    micro_batches,
+    noise_in_blocks,
+)
 from lightning_modules.parallel import ShardedStrategy, shard
 from lightning_modules.preparation import (
     check_precision,
@@ -227,7 +233,7 @@ class FewStepModule(RecordedRoles):
     def training_step(self, batch: Batch, batch_idx: int) -> None:
         """One student update, and one of each other trained role."""
         batch = self._encoded(batch, "train-latents", self.student_updates)
-        draws = self._global_draws(batch)
+        draws = self._draws(batch, "train", self.student_updates)
         logs: dict[str, Tensor] = {}
         norms: dict[str, Tensor] = {}
         optimizers = dict(zip(self.trained_roles, self._optimizers(), strict=True))
@@ -266,30 +272,32 @@ class FewStepModule(RecordedRoles):
     def after_update(self) -> None:
         """What a method does once all its roles have been updated; nothing by default."""
 
-    def _global_draws(self, batch: Batch) -> Draws:
-        """This rank's rows of what is drawn for the batches of all ranks together.
+    def _draws(self, batch: Batch, stream: str, number: int) -> Draws:
+        """What is drawn for this rank's samples: the same on however many devices they are."""
+        shape = in_shape_of(batch, BLOCK)
+        return in_blocks(
+            self._places(batch),
+            lambda block: self.draw(shape, self._generator(stream, number, block)),
+        )
 
-        So a step draws the same for the same samples, on however many devices they are.
-        """
-        generator = self._generator("train", self.student_updates, 0)
-        world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
-        if world == 1:
-            return self.draw(batch, generator)
-        drawn = self.draw(in_shape_of_all(batch, world), generator)
-        return drawn.rows(slice(rank * size, (rank + 1) * size))
+    def _places(self, batch: Batch) -> range:
+        """Where this rank's samples are among those of all ranks."""
+        size = len(batch["sample"])
+        return range(self.global_rank * size, (self.global_rank + 1) * size)
 
     def _encoded(self, batch: Batch, stream: str, number: int) -> Batch:
         """A batch of latents and embeddings, where the data are pixels and prompts."""
         batch = {**batch, "cond": in_float32(batch["cond"])}
         if self.companions is None:
             return batch
-        world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
+        places = self._places(batch)
+
+        def drawn(block: int) -> Tensor:
+            shape, generator = (BLOCK, *self.sample_shape), self._generator(stream, number, block)
+            return torch.randn(shape, generator=generator, device=self.device)
 
         def noise() -> Tensor:
-            everyones = (world * size, *self.sample_shape)
-            generator = self._generator(stream, number)
-            drawn = torch.randn(everyones, generator=generator, device=self.device)
-            return drawn[rank * size : (rank + 1) * size]
+            return noise_in_blocks(places, drawn)
 
         sample = self._latents(batch, noise)
         prompts, backbone = batch.get("prompt"), self.student.backbone
@@ -310,7 +318,7 @@ class FewStepModule(RecordedRoles):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The training losses on held-out data, with the same draws at every validation."""
         batch = self._encoded(batch, "validation-latents", batch_idx)
-        draws = self.draw(batch, self._generator("validation", batch_idx, self.global_rank))
+        draws = self._draws(batch, "validation", batch_idx)
         logs: dict[str, Tensor] = {}
         for share, part, drawn in micro_batches(batch, draws, self.accumulate):
             for update in self.updates(part, drawn):

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from typing import Literal, Self
 
+import torch
+from torch import Tensor
+
 from fewstep.batches import rows_of
 from fewstep.contracts import Batch
+
+BLOCK = 8  # samples that share a generator
 
 
 @dataclass(frozen=True)
@@ -18,6 +23,38 @@ class Draws:
     def rows(self, rows: slice) -> Self:
         """The draws of some of the batch's samples."""
         return type(self)(**{f.name: getattr(self, f.name)[rows] for f in fields(self)})
+
+    @classmethod
+    def joined(cls, parts: Sequence[Self]) -> Self:
+        """The draws of several lots of samples, one after the other."""
+        names = [f.name for f in fields(cls)]
+        return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
+
+
+def in_blocks(rows: range, draw: Callable[[int], Draws]) -> Draws:
+    """Draws of some of the samples of all ranks' batches.
+
+    Blocks of samples are drawn, each with a generator of its own. So what is drawn for a sample
+    depends on its place among those of all ranks and on nothing else, and no rank draws for all.
+
+    Args:
+        rows: the samples' places.
+        draw: makes the draws of the numbered block, of :data:`BLOCK` samples.
+    """
+    parts = [draw(number).rows(part) for number, part in _blocks(rows)]
+    return type(parts[0]).joined(parts)
+
+
+def noise_in_blocks(rows: range, draw: Callable[[int], Tensor]) -> Tensor:
+    """As :func:`in_blocks`, where what is drawn is one tensor ``(BLOCK, ...)``."""
+    return torch.cat([draw(number)[part] for number, part in _blocks(rows)])
+
+
+def _blocks(rows: range) -> Iterator[tuple[int, slice]]:
+    """Each block that has some of the rows, and which of its own these are."""
+    for number in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
+        first = number * BLOCK
+        yield number, slice(max(rows.start - first, 0), min(rows.stop - first, BLOCK))
 
 
 def micro_batches(batch: Batch, draws: Draws, count: int) -> Iterator[tuple[float, Batch, Draws]]:

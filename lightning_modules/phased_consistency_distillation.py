@@ -30,7 +30,8 @@ class PhasedDraws(ConsistencyDraws):
     """Randomness of one step: that of consistency distillation and of the adversarial term.
 
     ``position (B,)`` in [0, 1) places the discriminator's time inside the phase; two independent
-    noises ``(B, ...)`` take the student's and the target's jump there.
+    noises ``(B, ...)`` take the student's and the target's jump there, empty ``(B, 0)`` without
+    that term.
     """
 
     position: Tensor
@@ -132,11 +133,12 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         common = vars(super().draw(batch, generator))
         if self.edge_share:
             common["index"] = self._favour_edges(common["index"], generator)
+        shape = x0.shape if self.adversarial_weight else (len(x0), 0)
         return PhasedDraws(
             **common,
             position=torch.rand(len(x0), generator=generator, device=device),
-            fake_noise=torch.randn(x0.shape, generator=generator, device=device),
-            real_noise=torch.randn(x0.shape, generator=generator, device=device),
+            fake_noise=torch.randn(shape, generator=generator, device=device),
+            real_noise=torch.randn(shape, generator=generator, device=device),
         )
 
     def _favour_edges(self, index: Tensor, generator: torch.Generator) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fewstep.batches import rows_of
+from fewstep.batches import in_shape_of, rows_of
 from fewstep.contracts import Batch
 
 
@@ -40,3 +40,12 @@ def test_a_part_has_all_that_belongs_to_its_samples(
 def test_a_range_of_samples_is_not_copied() -> None:
     whole = batch(4, "video")
     assert rows_of(whole, slice(1, 3))["sample"].data_ptr() == whole["sample"][1:].data_ptr()
+
+
+def test_a_batch_of_another_size_has_as_many_pictures_a_video_and_no_memory() -> None:
+    whole = batch(4, "video")
+    whole["images"] = batch(12, "picture")
+    other = in_shape_of(whole, 1000)
+    assert other["sample"].shape == (1000, 1)
+    assert other["images"]["sample"].shape == (3000, 1)
+    assert other["sample"].untyped_storage().nbytes() == whole["sample"].nbytes

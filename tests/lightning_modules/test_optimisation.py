@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from fewstep.contracts import Batch
-from lightning_modules.optimisation import Draws, learning_rate_factor, micro_batches
+from fewstep.seeding import torch_generator
+from lightning_modules.optimisation import (
+    BLOCK,
+    Draws,
+    in_blocks,
+    learning_rate_factor,
+    micro_batches,
+    noise_in_blocks,
+)
 
 
 @dataclass(frozen=True)
@@ -82,3 +90,29 @@ def test_a_batch_shorter_than_its_parts_has_as_many_parts_all_the_same() -> None
     counted = [float(part["sample"].item()) for share, part, _ in parts if share]
     assert counted == [0.0, 1.0, 2.0]
     assert all(len(part["sample"]) == 1 for _, part, _ in parts)
+
+
+def noise(block: int) -> torch.Tensor:
+    return torch.randn(BLOCK, 3, generator=torch_generator(0, "test", block))
+
+
+@pytest.mark.parametrize(("world", "size"), [(1, 5), (1, 24), (2, 12), (3, 8), (4, 6), (8, 3)])
+def test_ranks_draw_for_their_samples_what_one_device_draws_for_all(world: int, size: int) -> None:
+    whole = noise_in_blocks(range(world * size), noise)
+    assert len({tuple(row) for row in whole.tolist()}) == world * size  # all different
+    ranks = [range(rank * size, (rank + 1) * size) for rank in range(world)]
+    assert torch.equal(torch.cat([noise_in_blocks(rows, noise) for rows in ranks]), whole)
+    drawn = [in_blocks(rows, lambda block: Numbers(noise(block))) for rows in ranks]
+    assert torch.equal(Numbers.joined(drawn).rows(slice(None)).values, whole)  # type: ignore[arg-type]
+
+
+def test_a_rank_draws_only_the_blocks_that_its_samples_are_in() -> None:
+    asked: list[int] = []
+
+    def counted(block: int) -> torch.Tensor:
+        asked.append(block)
+        return noise(block)
+
+    found = noise_in_blocks(range(10, 17), counted)
+    assert asked == [1, 2]
+    assert found.untyped_storage().nbytes() == found.nbytes  # the rest of the blocks is not kept

@@ -102,6 +102,7 @@ def assert_sound(
     assert saved["plain_bytes"] > 0
 
 
+@pytest.mark.slow
 def test_one_process_measures_every_method(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

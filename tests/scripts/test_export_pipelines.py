@@ -154,10 +154,7 @@ CASES = {
 }
 LAYOUTS: dict[Any, Callable[[Tensor], Tensor]] = {save_flux: packed, save_ltx: ltx_tokens}
 """What these pipelines make of latents, where they are not plain."""
-QUICK = (
-    *("sd_cm_guided", "sd3_pcm_4_guided", "sd3_cm_guided"),
-    *("sd_newly_told_guidance", "modelscope_mcm"),
-)
+QUICK = ("sd_cm_guided", "sd3_pcm_4_guided", "modelscope_mcm")
 """Always tested; the rest takes longer."""
 
 

@@ -104,6 +104,7 @@ time.sleep(100)
 """
 
 
+@pytest.mark.slow
 def test_a_first_rank_that_waits_for_ever_is_ended_after_another_was_lost() -> None:
     """As in NCCL, whose collectives wait on for a rank that is gone."""
     found = subprocess.run(

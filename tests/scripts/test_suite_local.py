@@ -159,6 +159,7 @@ def test_changed_runs_are_refused_before_anything_runs(
     assert "seed_0_version_1" in started["teacher"]
 
 
+@pytest.mark.slow
 def test_one_task_can_be_run_by_its_number(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

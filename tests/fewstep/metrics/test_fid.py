@@ -123,6 +123,7 @@ def agrees(found: Measured) -> None:
     assert ours["inception_score"] > 1.005
 
 
+@pytest.mark.slow
 def test_all_metrics_agree_with_torch_fidelity_on_the_same_images(few: Measured) -> None:
     agrees(few)
 
