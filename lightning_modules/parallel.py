@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -82,53 +84,76 @@ class ShardedStrategy(ModelParallelStrategy):
         )
 
 
+@dataclass(frozen=True)
+class Unit:
+    """What FSDP2 gathers together: a module's parameters, without those of units within it.
+
+    Attributes:
+        module: whose they are.
+        narrow: whether they are gathered, and computed with, in the run's low precision; the
+            others stay float32.
+        rest: whether it is what is left of a network, and so has units within.
+    """
+
+    module: nn.Module
+    narrow: bool
+    rest: bool = False
+
+
+def units_of(role: nn.Module) -> Iterator[Unit]:
+    """What is gathered of a role at a time, inside out.
+
+    Backbones name their units (``shard_units``); a role that has more than a backbone, such as a
+    discriminator's heads, may name some of that in the same way. What is left of each comes after
+    its units. A role without any backbone has none: it stays replicated.
+    """
+    backbones = [module for module in role.modules() if isinstance(module, Backbone)]
+    within = {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
+    headed = bool(backbones) and any(id(p) not in within for p in role.parameters())
+    for backbone in backbones:
+        for name in backbone.shard_units:
+            yield Unit(backbone.get_submodule(name), narrow=True)
+        yield Unit(backbone, narrow=not headed, rest=True)
+    if headed:
+        # One optimiser's parameters are either all sharded or not at all.
+        for name in getattr(role, "shard_units", ()):
+            yield Unit(role.get_submodule(name), narrow=False)
+        yield Unit(role, narrow=False, rest=True)
+
+
 def shard(
     role: nn.Module,
     mesh: DeviceMesh,
     low_precision: torch.dtype | None = None,
     averaged: bool = False,
 ) -> None:
-    """Shards the backbones within a role, unit by unit, and then what is left of each.
+    """Shards a role unit by unit (:func:`units_of`).
 
     Units are gathered for their own forward and backward passes and given back at once, so no
     stale copy of them is left when a pass went through them without gradient.
 
     Args:
-        role: whose sharded parameters become DTensors. Heads beside a backbone are sharded too;
-            they, and what is in no unit of that backbone, stay float32. A role without any
-            backbone stays replicated.
+        role: whose sharded parameters become DTensors.
         mesh: ``(shards)``, or ``(replicas, shards)`` for hybrid sharding.
-        low_precision: what units compute in; gradients are reduced in float32 all the same.
+        low_precision: what narrow units compute in; gradients are reduced in float32 all the same.
         averaged: whether the role is an average, which is updated shard by shard at any time.
     """
     # Inputs are left to autocast: in bfloat16, which cannot say 999, times would be others.
-    policy = MixedPrecisionPolicy(
+    narrow = MixedPrecisionPolicy(
         param_dtype=low_precision, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     full = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
-    backbones = [m for m in role.modules() if isinstance(m, Backbone)]
-    within = {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
-    headed = bool(backbones) and any(id(p) not in within for p in role.parameters())
-    for backbone in backbones:
-        trained = any(parameter.requires_grad for parameter in backbone.parameters())
-        for name in backbone.shard_units:
-            fully_shard(
-                backbone.get_submodule(name),
-                mesh=mesh,
-                mp_policy=policy,
-                reshard_after_forward=True,
-            )
-        # A discriminator looks at the inside of a frozen backbone: gradient then enters below its
-        # output, which is where what is left would have been gathered for the backward pass.
+    for unit in list(units_of(role)):
+        trained = any(parameter.requires_grad for parameter in unit.module.parameters())
         fully_shard(
-            backbone,
+            unit.module,
             mesh=mesh,
-            mp_policy=full if headed else policy,
-            reshard_after_forward=trained or averaged,
+            mp_policy=narrow if unit.narrow else full,
+            # A discriminator looks at the inside of a frozen backbone: gradient then enters below
+            # its output, which is where what is left would have been gathered for the backward
+            # pass.
+            reshard_after_forward=not unit.rest or trained or averaged,
         )
-    if headed:
-        # One optimiser's parameters are either all sharded or not at all.
-        fully_shard(role, mesh=mesh, mp_policy=full, reshard_after_forward=True)
 
 
 StrategyRegistry.register("ddp", ReplicatedStrategy, override=True)

@@ -218,8 +218,11 @@ class FewstepCLI(LightningCLI):
         return arguments
 
 
-def asked_for(trainer: Mapping[str, Any]) -> tuple[int, Strategy]:
-    """How many devices a trainer's configuration asks for, and how roles live on them."""
+def asked_for(trainer: Mapping[str, Any]) -> tuple[int, Strategy, int]:
+    """How many devices a trainer's configuration asks for, and how roles live on them.
+
+    The third is into how many groups, each with a copy of the sharded roles.
+    """
     devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes") or 1)
     if isinstance(devices, str) and "," in devices:
         devices = devices.strip("[]").split(",")
@@ -230,8 +233,9 @@ def asked_for(trainer: Mapping[str, Any]) -> tuple[int, Strategy]:
     else:
         count = int(devices)
     strategy = trainer.get("strategy")
-    sharded = isinstance(strategy, ShardedStrategy) or strategy == "fsdp2"
-    return count * nodes, "fsdp2" if sharded else "ddp"
+    if isinstance(strategy, ShardedStrategy):
+        return count * nodes, "fsdp2", strategy.replicas
+    return count * nodes, "fsdp2" if strategy == "fsdp2" else "ddp", 1
 
 
 def _version_of_first_rank() -> str | None:

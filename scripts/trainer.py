@@ -23,11 +23,12 @@ class FewstepTrainer(pl.Trainer):
 
     Attributes:
         run_name: the experiment a run belongs to, such as ``digits/pcm``.
-        asked: devices and strategy that a plan is for, which this machine need not have.
+        asked: devices, strategy and copies of sharded roles that a plan is for, which this machine
+            need not have.
     """
 
     run_name: str = "run"
-    asked: tuple[int, Strategy] = (1, "ddp")
+    asked: tuple[int, Strategy, int] = (1, "ddp", 1)
 
     def evaluate(
         self,
@@ -125,6 +126,7 @@ class FewstepTrainer(pl.Trainer):
         datamodule: pl.LightningDataModule | None = None,
         devices: int | None = None,
         strategy: Strategy | None = None,
+        replicas: int | None = None,
         json: str | None = None,
         ckpt_path: str | None = None,
     ) -> None:
@@ -134,15 +136,21 @@ class FewstepTrainer(pl.Trainer):
             devices: Number of devices in all; the experiment's by default.
             strategy: Replicate roles on all devices (ddp) or shard them (fsdp2); the experiment's
                 by default.
+            replicas: With fsdp2, copies of the sharded roles, among which the devices are divided;
+                the experiment's by default.
             json: File to write the plan to as well.
             ckpt_path: Of no effect on costs; taken so that a run's own config.yaml can be planned.
         """
+        asked_devices, asked_strategy, asked_replicas = self.asked
+        if strategy == "ddp":
+            asked_replicas = 1
         found = plan_of(
             model,
             datamodule,
-            devices or self.asked[0],
-            strategy or self.asked[1],
+            devices or asked_devices,
+            strategy or asked_strategy,
             str(self.precision),
+            replicas or asked_replicas,
         )
         print(format_plan(found))
         if json is not None:

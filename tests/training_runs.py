@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -37,6 +38,7 @@ from ranks import run_ranks
 
 GLOBAL_BATCH = 8
 Network = TypeVar("Network", bound=torch.nn.Module)
+Run = tuple[dict[str, Tensor], list[dict[str, float]], bool]  # as :func:`train` gives it
 # An eps that keeps AdamW from turning the rounding of tiny gradients into whole steps.
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4)
 OPTIONS: dict[str, Any] = {"optimizer": OPTIMIZER, "ema_decay": 0.9, "warmup_updates": 3}
@@ -261,7 +263,7 @@ def run(
 
 def train(
     kind: str, world: int, name: str, updates: int = 3, precision: Any = "32-true", **options: Any
-) -> tuple[dict[str, Tensor], list[dict[str, float]], bool]:
+) -> Run:
     """All trained weights, the logged losses, and whether anything was sharded."""
     torch.set_num_threads(1)
     pl.seed_everything(0, verbose=False)
@@ -274,9 +276,15 @@ def train(
     return {n: whole(p) for n, p in weights.items()}, losses.seen, sharded
 
 
-def trained(
-    world: int, kind: str, name: str, **options: Any
-) -> list[tuple[dict[str, Tensor], list[dict[str, float]], bool]]:
+def trained(world: int, kind: str, name: str, **options: Any) -> list[Run]:
     """:func:`train` on so many ranks."""
     found: list[Any] = run_ranks(world, partial(train, **options), kind, world, name)
     return found
+
+
+def assert_same_run(found: Run, expected: Run, rtol: float = 1e-4, atol: float = 2e-5) -> None:
+    assert found[0].keys() == expected[0].keys()
+    for name, value in expected[0].items():
+        torch.testing.assert_close(found[0][name], value, rtol=rtol, atol=atol)
+    for mine, theirs in zip(found[1], expected[1], strict=True):
+        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)

@@ -14,13 +14,20 @@ from safetensors.torch import load_file
 
 from fewstep.errors import FewstepError
 from fewstep.networks.folders import TEXT_MODELS, pipeline_name, read_json
+from fewstep.networks.gates.files import WEIGHTS as GATES
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 WHOLE = "download it whole: `hf download REPOSITORY --local-dir FOLDER`"
 
 
-def load_part(folder: Path, part: str, dtype: torch.dtype = torch.float32) -> Any:
+def load_part(
+    folder: Path, part: str, dtype: torch.dtype = torch.float32, weights: bool = True
+) -> Any:
     """A pipeline's network or VAE, by the class its own configuration names, frozen.
+
+    Args:
+        weights: whether to read its weights; otherwise its configuration is all that is needed,
+            and they are as its class draws them.
 
     Raises:
         FewstepError: if it is missing, damaged or lacks weights.
@@ -36,7 +43,10 @@ def load_part(folder: Path, part: str, dtype: torch.dtype = torch.float32) -> An
             f"({diffusers.__version__}) does not know."
         )
     try:
-        model, missing = _read_network(cls, folder / part)
+        if weights:
+            model, missing = _read_network(cls, folder / part)
+        else:
+            model, missing = cls.from_config(cls.load_config(folder / part)), []
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
         raise FewstepError(
@@ -75,7 +85,7 @@ def _read_network(cls: Any, folder: Path) -> tuple[Any, list[str]]:
 
 def _variant(folder: Path) -> str | None:
     """``fp16`` where a folder holds the weights in half precision only."""
-    names = [path.name for path in folder.glob("*.safetensors")]
+    names = [path.name for path in folder.glob("*.safetensors") if path.name != GATES]
     return "fp16" if names and all(".fp16" in name for name in names) else None
 
 

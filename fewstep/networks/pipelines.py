@@ -24,6 +24,7 @@ from fewstep.networks.folders import (
     sample_shape,
     weights_hash,
 )
+from fewstep.networks.gates import has_gates, load_gates
 from fewstep.networks.latents import LatentCodec
 from fewstep.networks.parts import load_part
 from fewstep.networks.scheduling import read_schedule
@@ -77,6 +78,7 @@ def load_denoiser_of(
     dtype: torch.dtype = torch.float32,
     network_dtype: torch.dtype = torch.float32,
     negative_prompt: str | None = None,
+    weights: bool = True,
 ) -> LoadedPipeline:
     """Loads the denoiser of a diffusers pipeline.
 
@@ -92,6 +94,8 @@ def load_denoiser_of(
         device, dtype: of text encoders and VAE. The denoiser is on the CPU.
         network_dtype: of the denoising network's weights; half precision suits frozen ones.
         negative_prompt: what the unconditional branch gets instead of what the pipeline gives it.
+        weights: whether to read the denoising network's weights; without, its folder's
+            configurations are enough.
 
     Raises:
         FewstepError: if there is no such folder, it is of no supported pipeline, or a part of it is
@@ -107,9 +111,11 @@ def load_denoiser_of(
         null = dict(null or TextEncoding(folder, device, dtype).null(negative_prompt))
         shapes = {name: list(value.shape) for name, value in null.items()}
     # Loaded after the text encoders are gone: the largest need half the memory this way.
-    network = load_network(folder, family).to(network_dtype)
+    network = load_network(folder, family, weights).to(network_dtype)
     backbone = family.backbone(network, shape, shapes, **options)
     backbone.fill_null(null or {})
+    if has_gates(folder / family.part):
+        load_gates(backbone, folder / family.part)
     schedule, prediction_type = read_schedule(folder, backbone.num_tokens)
     denoiser = Denoiser(backbone, schedule, prediction_type).requires_grad_(False).eval()
     return LoadedPipeline(denoiser, folder, str(where), family, configs.size, device, dtype)
@@ -136,11 +142,11 @@ def network_parts(folder: Path, family: Family) -> list[str]:
     return [family.part, "motion_adapter"] if separate else [family.part]
 
 
-def load_network(folder: Path, family: Family) -> Any:
-    """The denoising network of a pipeline's folder, in float32."""
-    network = load_part(folder, family.part)
+def load_network(folder: Path, family: Family, weights: bool = True) -> Any:
+    """The denoising network of a pipeline's folder, in float32, with or without its weights."""
+    network = load_part(folder, family.part, weights=weights)
     if _is_bare_unet(folder, family):
-        adapter = load_part(folder, "motion_adapter")
+        adapter = load_part(folder, "motion_adapter", weights=weights)
         network = family.backbone.network_class.from_unet2d(network, adapter)
     expected = family.backbone.network_class
     if not isinstance(network, expected):

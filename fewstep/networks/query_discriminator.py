@@ -164,6 +164,11 @@ class QueryDiscriminator(nn.Module):
         self.norm = nn.LayerNorm(sum(widths))
         self.logit = nn.Linear(sum(widths), 1)
 
+    @property
+    def shard_units(self) -> list[str]:
+        """Names of its heads, which FSDP2 gathers one at a time as it does the network's blocks."""
+        return [f"heads.{number}" for number in range(len(self.heads))]
+
     def forward(self, x: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
         """Logits ``(B,)`` of samples ``x (B, ...)`` under conditions, told times ``t (B,)``."""
         given = dict(cond or {})

@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
 import lightning.pytorch as pl
 from torch import nn
+from torch.nn import Parameter
 
-from fewstep.diffusion import Backbone
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
 from scripts.plan.data import Data, data_of, example_batch
 from scripts.plan.judges import decoder_on_meta
 from scripts.plan.roles import build_without_weights
-from scripts.plan.step import AUTOCAST, StepCost, step_cost
+from scripts.plan.shards import gathered, sharded_roles, share
+from scripts.plan.step import StepCost, gathered_in, step_cost
 
 Strategy = Literal["ddp", "fsdp2"]
 
@@ -47,6 +48,7 @@ class Plan:
 
     Attributes:
         precision: Lightning's name of it.
+        replicas: copies of sharded roles, among which the devices are divided.
         accumulate: micro-batches an update.
         step: what the passes cost a device; None where they could not be tried.
         gathered: bytes of the largest part that FSDP2 has whole on a device at a time.
@@ -58,6 +60,7 @@ class Plan:
     precision: str
     strategy: Strategy
     devices: int
+    replicas: int
     accumulate: int
     data: Data
     roles: list[RolePlan]
@@ -100,6 +103,7 @@ def plan_of(
     devices: int = 1,
     strategy: Strategy = "ddp",
     precision: str = "32-true",
+    replicas: int = 1,
 ) -> Plan:
     """Finds out what an experiment will cost, with neither weights nor a device.
 
@@ -109,40 +113,57 @@ def plan_of(
         devices: number of devices.
         strategy: whether roles are replicated or, by FSDP2, sharded.
         precision: Lightning's name of it.
+        replicas: copies of sharded roles, as :class:`~lightning_modules.parallel.ShardedStrategy`
+            has them.
 
     Raises:
-        FewstepError: if the teacher's architecture is not to be found.
+        FewstepError: if the teacher's architecture is not to be found, or the devices cannot be
+            divided among so many copies.
     """
+    shares = _shares(devices, strategy, replicas)
     notes, data = build_without_weights(model, precision), data_of(datamodule)
     step: StepCost | None = None
     try:
         notes += decoder_on_meta(model)
         batch = partial(example_batch, model, datamodule, data.batch_size)
-        step = step_cost(model, batch, precision, strategy == "fsdp2" and devices > 1)
+        step = step_cost(model, batch, precision, shares > 1)
     except (FewstepError, RuntimeError, NotImplementedError, TypeError, ValueError) as error:
         reason = str(error).strip().split("\n")[0]
         notes.append(f"Activations and FLOPs are unknown, and Adam is assumed: {reason}.")
     if step is not None and step.guessed:
         notes.append(f"Two optimiser states a parameter are assumed for {', '.join(step.guessed)}.")
-    shares = devices if strategy == "fsdp2" else 1
     if step is not None:
-        step = replace(step, workspace=_share(step.workspace, shares))
+        step = replace(step, workspace=-(-step.workspace // shares))
     roles = [_role_plan(model, name, module, step, shares) for name, module in _roles(model)]
-    gathered = _gathered(model, precision) if shares > 1 else 0
-    averaged = max(role.gradients for role in roles) if devices > 1 and shares == 1 else 0
+    replicated = devices > 1 and strategy == "ddp"
     return Plan(
         method=type(model).__name__,
         precision=precision,
         strategy=strategy,
         devices=devices,
+        replicas=replicas,
         accumulate=model.accumulate,
         data=data,
         roles=roles,
         step=step,
-        gathered=gathered,
-        buckets=averaged,
+        gathered=gathered(model, gathered_in(precision)) if shares > 1 else 0,
+        buckets=max(role.gradients for role in roles) if replicated else 0,
         notes=notes,
     )
+
+
+def _shares(devices: int, strategy: Strategy, replicas: int) -> int:
+    """Devices that a role is dealt out to."""
+    if replicas > 1 and strategy == "ddp":
+        raise FewstepError(
+            "Replicated roles have a copy on each device; give --replicas with --strategy fsdp2."
+        )
+    if replicas < 1 or devices % replicas:
+        raise FewstepError(
+            f"{devices} devices cannot be divided among {replicas} copies; give --replicas a "
+            "divisor of --devices."
+        )
+    return devices // replicas if strategy == "fsdp2" else 1
 
 
 def _roles(model: FewStepModule) -> Iterator[tuple[str, nn.Module]]:
@@ -151,44 +172,26 @@ def _roles(model: FewStepModule) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _bytes(module: nn.Module, trainable: bool = False) -> int:
-    return sum(
-        p.numel() * p.element_size()
-        for p in module.parameters()
-        if p.requires_grad or not trainable
-    )
-
-
 def _role_plan(
     model: FewStepModule, name: str, module: nn.Module, step: StepCost | None, shares: int
 ) -> RolePlan:
-    backbones = [m for m in module.modules() if isinstance(m, Backbone)]
-    # What is in no backbone, such as the heads of a discriminator, stays replicated.
-    whole = not backbones or (name in model.frozen_roles and not model.shard_frozen)
-    shares = 1 if whole else shares
-    trained = _bytes(module, trainable=True) if name in model.trained_roles else 0
-    states = (step.optimizer if step else {}).get(name, 2 * trained)
+    shares = shares if name in sharded_roles(model) else 1
+    trainable = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    trained = trainable if name in model.trained_roles else []
+    whole, part = share(trained, 1), share(trained, shares)
+    states = (step.optimizer if step else {}).get(name, 2 * whole)
     evaluations = model.evaluations().get(name)
     return RolePlan(
         role=name,
-        parameters=sum(p.numel() for p in module.parameters()),
-        trainable=sum(p.numel() for p in module.parameters() if p.requires_grad),
-        weights=_share(_bytes(module), shares),
-        gradients=_share(trained, shares),
-        optimizer=_share(states, shares),
+        parameters=_count(module.parameters()),
+        trainable=_count(trainable),
+        weights=share(module.parameters(), shares),
+        gradients=part,
+        optimizer=-(-states * part // whole) if whole else 0,
         forward=evaluations.forward if evaluations else 0,
         backward=evaluations.backward if evaluations else 0,
     )
 
 
-def _share(count: int, shares: int) -> int:
-    return -(-count // shares)
-
-
-def _gathered(model: FewStepModule, precision: str) -> int:
-    """The largest backbone's parts outside all units, and its largest unit."""
-    found = [0]
-    for backbone in (m for m in model.modules() if isinstance(m, Backbone)):
-        units = [_bytes(backbone.get_submodule(name)) for name in backbone.shard_units]
-        found.append(_bytes(backbone) - sum(units) + max(units, default=0))
-    return max(found) // 2 if precision in AUTOCAST else max(found)
+def _count(parameters: Iterable[Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters)

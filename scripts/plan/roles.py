@@ -14,9 +14,10 @@ from torch import nn
 
 from fewstep.diffusion import Denoiser
 from fewstep.errors import FewstepError
-from fewstep.networks.folders import family_of, find_folder, read_json
+from fewstep.networks.folders import family_of, find_folder, read_configs, read_json
 from fewstep.networks.loading import METADATA_KEY, find_checkpoint, read_checkpoint
 from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of, read_null
+from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder
 from fewstep.networks.text import TextEncoding
 from fewstep.spec import Spec
 from lightning_modules import FewStepModule, Pretrained
@@ -75,7 +76,7 @@ def build_without_weights(model: FewStepModule, precision: str = "32-true") -> l
         source = getattr(model, name, None)
         if isinstance(source, str) and is_pipeline(source):
             source = Pretrained(source)
-        if isinstance(source, Pretrained):
+        if isinstance(source, Pretrained) and not isinstance(source, _Outlined):
             setattr(model, name, _Outlined(source))
         elif isinstance(source, str):
             spec, note = architecture_of(source)
@@ -90,9 +91,9 @@ def build_without_weights(model: FewStepModule, precision: str = "32-true") -> l
 
 
 class _Outlined(Pretrained):
-    """A pipeline whose network gets no weights.
+    """A pipeline whose network gets no weights, so that its folder needs to hold none.
 
-    Its text encoders run before that, and need theirs: the shape of text is known to them alone.
+    Where only the text encoders know the shape of text, they run, and need theirs.
     """
 
     def __init__(self, source: Pretrained) -> None:
@@ -104,13 +105,17 @@ class _Outlined(Pretrained):
         )
         if self.empty is not None:
             self._null = read_null(self.empty)
+        elif family.text_shapes is not None:
+            shapes = family.text_shapes(read_configs(folder, family, self.size))
+            self._null = {name: torch.zeros(1, *shape) for name, shape in shapes.items()}
         elif family.encode is not None and not known:
             self._null = TextEncoding(folder).null(self.negative_prompt)
 
     def load(self) -> LoadedPipeline:
         """Builds the denoiser."""
         options = self.size, self.frames, self._null
-        return load_denoiser_of(self.folder, *options, negative_prompt=self.negative_prompt)
+        negative = self.negative_prompt
+        return load_denoiser_of(self.folder, *options, negative_prompt=negative, weights=False)
 
 
 def architecture_of(source: str) -> tuple[Spec, str | None]:
@@ -138,7 +143,8 @@ def architecture_of(source: str) -> tuple[Spec, str | None]:
             "without changes made on the command line."
         )
     # The file is mapped into memory, so that weights are never read.
-    spec = read_checkpoint(checkpoint)[METADATA_KEY]["denoiser"]
+    read = read_remainder if is_sharded_checkpoint(checkpoint) else read_checkpoint
+    spec = read(checkpoint)[METADATA_KEY]["denoiser"]
     return spec, None
 
 
@@ -165,11 +171,22 @@ def _described_in(file: Path) -> Spec:
             }
         )
     teacher = options.get("teacher")
+    if isinstance(teacher, str) and is_pipeline(teacher):
+        return _outlined(Pretrained(teacher))
     if isinstance(teacher, str):
         return architecture_of(teacher)[0]
+    if isinstance(teacher, dict) and teacher.get("class_path", "").endswith("Pretrained"):
+        return _outlined(Pretrained(**teacher["init_args"]))
     if isinstance(teacher, dict) and "backbone" in teacher.get("init_args", {}):
         return _completed({"alpha_floor": 0.0, **teacher["init_args"]})
     raise FewstepError(f"'{file}' does not say what network it trains.")
+
+
+def _outlined(source: Pretrained) -> Spec:
+    """The denoiser of a pipeline's folder."""
+    outlined = _Outlined(source)
+    with parameters_on_meta():
+        return outlined.load().denoiser.to_spec()
 
 
 def _completed(spec: Any) -> Any:

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import copy
-import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import (
     FlopCounterMode,
     sdpa_backward_flop_count,
@@ -21,11 +18,12 @@ from torch.utils.flop_counter import (
 
 from fewstep.batches import rows_of
 from fewstep.contracts import Batch
-from fewstep.diffusion import Backbone
 from fewstep.networks import ema_update
 from lightning_modules import FewStepModule
 from lightning_modules.optimisation import micro_batches
 from scripts.plan.judges import decoder_of, decoder_without_values
+from scripts.plan.memory import LiveMemory, SavedBytes
+from scripts.plan.shards import narrow, sharded_roles
 
 aten = torch.ops.aten
 REAL_PARAMETERS = 64_000_000  # at most so many are tried out with values where it needs them
@@ -92,77 +90,6 @@ def flop_counter() -> FlopCounterMode:
     return counter
 
 
-class LiveMemory(TorchDispatchMode):
-    """Counts the bytes of tensors made within it and not yet freed.
-
-    Args:
-        known: tensors whose memory is counted elsewhere.
-    """
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._seen: dict[int, weakref.ref[Any] | None] = {}
-        for tensor in known:
-            self._seen[tensor.untyped_storage()._cdata] = None
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Runs an operation and takes note of the memory it made."""
-        made = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(made):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
-        self.peak = max(self.peak, self.live)
-        return made
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._seen:
-            return
-        self.live += size
-
-        def freed(_: object) -> None:
-            self.live -= size
-            del self._seen[key]
-
-        self._seen[key] = weakref.ref(storage, freed)
-
-    def hand_over(self, tensor: Tensor) -> None:
-        """From here on a tensor's memory is counted elsewhere."""
-        storage = tensor.untyped_storage()
-        if self._seen.get(storage._cdata) is not None:
-            self.live -= storage.nbytes()
-            self._seen[storage._cdata] = None
-
-
-class SavedBytes:
-    """Bytes of what autograd saves for the backward pass, each storage once.
-
-    Args:
-        known: tensors whose memory is counted elsewhere, such as parameters.
-    """
-
-    def __init__(self, known: Sequence[Tensor]) -> None:
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-        self._sizes: dict[int, int] = {}
-
-    def hooks(self) -> Any:
-        """The context in which saving is counted."""
-        return torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-
-    def _pack(self, tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in self._known:
-            self._sizes[storage._cdata] = storage.nbytes()
-        return tensor.detach()  # an output that kept itself would never be freed
-
-    def take(self) -> int:
-        """The bytes since the last call."""
-        total = sum(self._sizes.values())
-        self._sizes.clear()
-        return total
-
-
 def step_cost(
     model: FewStepModule, batch: BatchOf, precision: str, sharded: bool = False
 ) -> StepCost:
@@ -188,15 +115,21 @@ def step_cost(
         return _step_cost(*_copies(model, precision, sharded), batch, precision)
 
 
+def gathered_in(precision: str) -> torch.dtype | None:
+    """The low precision that a sharded run gathers its units in, if it has one."""
+    return torch.bfloat16 if precision == "bf16-mixed" else None
+
+
 def _copies(
     model: FewStepModule, precision: str, sharded: bool
 ) -> tuple[FewStepModule, FewStepModule]:
     """One for the passes and one for the update, with weights of the dtypes they have there."""
     passing, updating = copy.deepcopy(model), copy.deepcopy(model)
-    if sharded and precision in AUTOCAST:
-        for role in (*passing.trained_roles, *passing.frozen_roles):
-            for backbone in _backbones(getattr(passing, role)):
-                backbone.to(AUTOCAST[precision])
+    low_precision = gathered_in(precision)
+    if sharded and low_precision is not None:
+        for name, role in sharded_roles(passing).items():
+            if name != "ema":
+                narrow(role, low_precision)
     return passing, updating
 
 
@@ -216,10 +149,6 @@ def _step_cost(
         saved=passes[max(sizes)].saved,
         activations=passes[max(sizes)].activations,
     )
-
-
-def _backbones(role: nn.Module) -> list[Backbone]:
-    return [module for module in role.modules() if isinstance(module, Backbone)]
 
 
 def _split(model: FewStepModule, batch: Batch) -> list[Any]:
@@ -242,7 +171,7 @@ def _passes(model: FewStepModule, batch: Batch, precision: str) -> StepCost:
     dtype = AUTOCAST.get(precision, torch.bfloat16)
     autocast = torch.autocast("cpu", dtype, enabled=precision in AUTOCAST)
     model.train()
-    with flops, memory, saved_bytes.hooks(), autocast:
+    with flops, memory, saved_bytes.counted(), autocast:
         draws = model.draw(batch, torch.Generator())
         for update in model.updates(batch, draws):
             saved[update.role] = saved_bytes.take()

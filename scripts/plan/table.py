@@ -57,6 +57,8 @@ def _head(plan: Plan) -> list[str]:
     layout = "1 device"
     if plan.devices > 1:
         kind = "roles sharded (FSDP2)" if plan.strategy == "fsdp2" else "roles replicated (DDP)"
+        if plan.replicas > 1:
+            kind = f"{plan.replicas} copies of the roles, each sharded (FSDP2)"
         layout = f"{plan.devices} devices, {kind}"
     split = f", in {plan.accumulate} micro-batches" if plan.accumulate > 1 else ""
     if data.records is None:

@@ -19,17 +19,7 @@ from lightning_modules.preparation import check_precision, checkpoint_activation
 
 from ranks import run_ranks
 from tiny_transformers import save_wan
-from training_runs import Data, method, network, trained, trainer_of
-
-Run = tuple[dict[str, Tensor], list[dict[str, float]], bool]
-
-
-def assert_same_run(found: Run, expected: Run, rtol: float = 1e-4, atol: float = 2e-5) -> None:
-    assert found[0].keys() == expected[0].keys()
-    for name, value in expected[0].items():
-        torch.testing.assert_close(found[0][name], value, rtol=rtol, atol=atol)
-    for mine, theirs in zip(found[1], expected[1], strict=True):
-        assert mine == pytest.approx(theirs, rel=1e-3, abs=1e-5)
+from training_runs import Data, assert_same_run, method, network, trained, trainer_of
 
 
 def bytes_kept(network: torch.nn.Module, x: Tensor) -> tuple[int, Tensor]:

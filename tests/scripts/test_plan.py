@@ -240,7 +240,7 @@ def test_frozen_roles_that_are_not_sharded_are_whole_on_each_device() -> None:
     module = ConsistencyDistillation(digit_teacher, 20, shard_frozen=False)
     plan = plan_of(module, Digits(), devices=4, strategy="fsdp2")
     roles = {role.role: role for role in plan.roles}
-    assert roles["teacher"].weights == 4 * roles["student"].weights
+    assert roles["teacher"].weights == pytest.approx(4 * roles["student"].weights, 1e-3)
 
 
 def test_a_precision_that_methods_refuse_is_not_planned() -> None:
@@ -253,7 +253,8 @@ def test_sharding_divides_all_but_a_block_and_replication_nothing() -> None:
     shards = plan_of(small(), Digits(), devices=4, strategy="fsdp2")
     assert replicas.resident == alone.resident
     assert replicas.buckets == alone.roles[0].gradients
-    assert shards.resident == alone.resident // 4
+    assert shards.resident == pytest.approx(alone.resident / 4, 1e-3)
+    assert shards.resident > alone.resident / 4, "the embeddings of 11 labels are 3 at most"
     assert 0 < shards.gathered < alone.roles[0].weights
     replicated, sharded = (
         plan_of(small(), Digits(), 4, strategy, "bf16-mixed").step

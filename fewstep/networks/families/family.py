@@ -13,6 +13,7 @@ from fewstep.networks.families.base import DiffusersBackbone
 
 Conditions = dict[str, Tensor]
 Branches = tuple[Conditions, Conditions]
+TextShapes = dict[str, tuple[int, ...]]
 EncodeText = Callable[[Any, list[str], bool], Branches]
 """Takes a pipeline, prompts, and whether the unconditional branch is wanted too. Gives both
 branches' conditionings under the backbone's argument names, each ``(B, ...)``; the second is not to
@@ -68,6 +69,8 @@ class Family:
         options: further arguments of the backbone.
         zero_null: of which conditionings the unconditional branch gets zeros, so that no text
             encoder is needed to know them; from the pipeline's configuration. All or none.
+        text_shapes: shapes of a sample's text, ``(L, D)`` or ``(D,)`` by the backbone's argument
+            names, where configurations alone tell them; otherwise the text encoders must run.
         pipeline_latents: lays latents ``(B, C, ...)`` out as the pipeline's call takes them.
     """
 
@@ -81,6 +84,7 @@ class Family:
     options: Callable[[Configs], dict[str, Any]] = _no_options
     sized: Callable[[tuple[int, int]], Conditions] | None = None
     zero_null: Callable[[Mapping[str, Any]], tuple[str, ...]] = _none
+    text_shapes: Callable[[Configs], TextShapes] | None = None
     pipeline_latents: Callable[[Tensor], Tensor] = _as_they_are
 
 

@@ -13,8 +13,16 @@ from typing import Any
 from diffusers import SD3Transformer2DModel
 from torch import Tensor
 
-from fewstep.networks.families.family import Branches, Family, text_length
+from fewstep.networks.families.family import (
+    Branches,
+    Configs,
+    Family,
+    TextShapes,
+    text_length,
+)
 from fewstep.networks.families.transformers import JointTransformerBackbone
+
+TOKENS = 77 + 256  # of the CLIPs, and of the T5
 
 
 class SD3(JointTransformerBackbone):
@@ -51,4 +59,12 @@ def _encode(pipeline: Any, prompts: list[str], guided: bool) -> Branches:
     )
 
 
-FAMILY = Family("StableDiffusion3Pipeline", SD3, encode=_encode)
+def _text_shapes(configs: Configs) -> TextShapes:
+    network = configs.network
+    return {
+        "encoder_hidden_states": (TOKENS, network["joint_attention_dim"]),
+        "pooled_projections": (network["pooled_projection_dim"],),
+    }
+
+
+FAMILY = Family("StableDiffusion3Pipeline", SD3, encode=_encode, text_shapes=_text_shapes)
