@@ -7,6 +7,7 @@ an experiment YAML uses; it survives ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import importlib
+from abc import ABC, abstractmethod
 from typing import Any, Protocol, TypeVar
 
 from fewstep.errors import FewstepError
@@ -21,11 +22,29 @@ class Describable(Protocol):
     config: dict[str, Any]
 
 
-def describe(thing: Describable) -> Spec:
+class Change(ABC):
+    """What was done to a thing after it was built, and is done again when it is rebuilt.
+
+    A thing that was changed lists its changes, in order, as ``changes``.
+    """
+
+    @property
+    @abstractmethod
+    def config(self) -> dict[str, Any]:
+        """Plain constructor arguments."""
+
+    @abstractmethod
+    def apply_to(self, thing: Any) -> None:
+        """Changes a thing that was just built; its weights are loaded afterwards."""
+
+
+def describe(thing: Describable | Change) -> Spec:
     """Returns the description from which :func:`build` makes an equal object."""
     # FSDP2 gives a sharded module a class of its own, below the one it was built from.
     cls = next(c for c in type(thing).__mro__ if not c.__module__.startswith("torch.distributed."))
-    return {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(thing.config)}
+    spec = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(thing.config)}
+    changes = [describe(change) for change in getattr(thing, "changes", ())]
+    return {**spec, "changes": changes} if changes else spec
 
 
 def build(spec: Spec, expected: type[T]) -> T:
@@ -51,4 +70,6 @@ def build(spec: Spec, expected: type[T]) -> T:
             "it was not written by fewstep or has been altered."
         )
     built: T = cls(**spec["init_args"])
+    for change in spec.get("changes", ()):
+        build(change, Change).apply_to(built)  # type: ignore[type-abstract]
     return built

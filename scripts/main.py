@@ -25,6 +25,7 @@ other commands:
   suite      a matrix of experiments and seeds, here or on a cluster, that ends in a report
   report     one self-contained HTML page from any set of run folders
   export     a student as a plain diffusers pipeline, with the scheduler that fits its training
+  gates      learnable gates on the residual branches of a pipeline: apply, merge, report
   shards     make, index, encode and check the shards that training data streams from
   demo       a teacher, its few-step students and their report, on this machine
 
@@ -55,6 +56,10 @@ def run(arguments: list[str]) -> None:
         from scripts.export import main as export
 
         export(arguments[1:])
+    elif command == "gates":
+        from scripts.gates import main as gates
+
+        gates(arguments[1:])
     elif command == "shards":
         from scripts.shards import main as shards
 
@@ -72,7 +77,8 @@ def run(arguments: list[str]) -> None:
 
         demo(arguments[1:])
     else:
-        known = [*EXPERIMENT_COMMANDS, "report", "export", "shards", "submit", "suite", "demo"]
+        known = [*EXPERIMENT_COMMANDS, "report", "export", "gates"]
+        known += ["shards", "submit", "suite", "demo"]
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "
             f"Commands: {', '.join(known)}; `fewstep --help` tells more."

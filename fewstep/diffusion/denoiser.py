@@ -12,7 +12,7 @@ from fewstep.diffusion.prediction import Prediction, PredictionType, to_predicti
 from fewstep.diffusion.schedules import Schedule
 from fewstep.diffusion.tables import expand_to, work_dtype
 from fewstep.errors import FewstepError
-from fewstep.spec import Spec, build, describe
+from fewstep.spec import Change, Spec, build, describe
 
 Cond = Mapping[str, Tensor]
 
@@ -30,6 +30,7 @@ class Backbone(nn.Module):
         guidance_input: name of the conditioning that takes a guidance-scale embedding, if any.
         added_layer: name of the layer, all zeros at first, that was added for this input.
         kept_in: what most of its weights are kept in, if that was decided for it.
+        changes: what was done to it after it was built, such as gates on its residual branches.
     """
 
     config: dict[str, Any]
@@ -37,6 +38,7 @@ class Backbone(nn.Module):
     guidance_input: str | None = None
     added_layer: str | None = None
     kept_in: torch.dtype | None = None
+    changes: tuple[Change, ...] = ()
 
     @property
     def feature_blocks(self) -> dict[str, int]:

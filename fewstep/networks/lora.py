@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Cond, Denoiser
 from fewstep.errors import FewstepError
+from fewstep.networks.gates.gated import is_gated
 from fewstep.networks.lora_switch import Switched, make_switched, pinned, using
 from fewstep.networks.lora_targets import LoRA, find_targets, inner_network
 from fewstep.spec import Spec
@@ -149,6 +150,11 @@ def share_base(teacher: Denoiser, lora: LoRA, seed: int = 0) -> SharedBase:
         raise FewstepError(
             f"This {type(teacher.backbone).__name__} has adapters already; load the teacher anew "
             "for another LoRA."
+        )
+    if is_gated(network):
+        raise FewstepError(
+            f"This {type(teacher.backbone).__name__} has residual gates, which adapters on its "
+            "layers would go past; merge them into the weights first (merge_gates)."
         )
     patterns, names = find_targets(network, lora.target_modules)
     added = teacher.backbone.added_layer

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from fewstep.networks.gates.time import at, now
+
 
 class _InUse:
     """The name of the adapter that layers add, None for none.
@@ -51,15 +53,15 @@ def pinned(function: Callable[..., Any]) -> Callable[..., Any]:
     """``function``, to be run with the adapter that is in use now, whenever that may be.
 
     For what the backward pass computes once more, by when another adapter may be in use. What is
-    being compiled has the adapter's name in it already.
+    being compiled has the adapter's name in it already. So it is with the time that gates see.
     """
     if torch.compiler.is_compiling():
         return function
-    now = using(_IN_USE.name)
+    adapter, time = using(_IN_USE.name), now()
 
     @wraps(function)
     def run(*args: Any, **kwargs: Any) -> Any:
-        with now:
+        with adapter, at(time):
             return function(*args, **kwargs)
 
     return run

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datamodules.contents import name_of_files
 from fewstep.errors import FewstepError
+from fewstep.networks.gates import has_gates, load_gates
 from fewstep.seeding import Generators, torch_generator
 from scripts.evaluate.counting import counted, runs_twice
 from scripts.evaluate.standing import StandIn
@@ -49,6 +50,9 @@ class PipelineSampler(StandIn):
             pipeline = DiffusionPipeline.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise FewstepError(f"The pipeline '{folder}' cannot be loaded: {error}") from error
+        for part in ("unet", "transformer"):
+            if has_gates(folder / part):
+                load_gates(getattr(pipeline, part), folder / part)
         pipeline.set_progress_bar_config(disable=True)
         self._takes = inspect.signature(pipeline.__call__).parameters
         self._calls = read_calls(folder)

@@ -18,6 +18,7 @@ from fewstep.networks import DiT
 from fewstep.networks.families import DiffusersBackbone, Family
 from fewstep.networks.families.base import plain_config
 from fewstep.networks.folders import family_of, read_json
+from fewstep.networks.gates import is_gated, merge_gates
 from fewstep.networks.parts import WHOLE
 from scripts.export.calls import FILE_NAME
 
@@ -104,9 +105,13 @@ def check_base(base: Path, denoiser: Denoiser) -> Family:
 def write_network(network: Any, folder: Path, half: bool) -> None:
     """Writes a network's configuration and weights as safetensors, in float32 or float16.
 
+    Residual gates are merged into the weights.
+
     Raises:
-        FewstepError: if weights do not fit float16.
+        FewstepError: if weights do not fit float16, or gates cannot be merged.
     """
+    if is_gated(network):
+        merge_gates(network)
     network = network.to(torch.float16 if half else torch.float32)
     for name, weight in network.named_parameters() if half else []:
         if not weight.isfinite().all():

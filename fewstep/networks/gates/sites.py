@@ -1,0 +1,215 @@
+"""Where a network's gates go: the units that its options choose, and its long skips."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from fewstep.errors import FewstepError
+from fewstep.networks.gates.blocks import (
+    Side,
+    Stream,
+    class_name,
+    keeps_its_stream,
+    kind_of,
+    position_of,
+)
+from fewstep.networks.gates.spec import ResidualGates
+
+Layer = nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+SKIPS = "res_hidden_states_tuple"
+FUSE = "skip_linear"
+GATE, TEXT_GATE, SKIP_GATE = "rdm_gate", "rdm_gate_text", "rdm_skip"
+GATE_NAMES = (GATE, TEXT_GATE, SKIP_GATE)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A residual unit that is gated.
+
+    Attributes:
+        name: of the layer or block with the gate.
+        block: of the block it belongs to; the layer itself if it is in none that is known.
+        kind: the block's class.
+        channels: of what is gated.
+        channel_dim: where they are in it: -1 of tokens, 1 of maps.
+        side: whose tokens it adds to.
+        stream: of a gate around a block, the stream.
+    """
+
+    name: str
+    block: str
+    kind: str
+    channels: int
+    channel_dim: int
+    side: Side = "sample"
+    stream: Stream | None = None
+
+    @property
+    def gate(self) -> str:
+        """What the gate is called in the layer or block that has it."""
+        return TEXT_GATE if self.stream is not None and self.side == "text" else GATE
+
+
+@dataclass(frozen=True)
+class SkipSite:
+    """Long skips that are gated.
+
+    Attributes:
+        name: of the up block that takes them, or of a U-ViT's fuse map.
+        kind: its class.
+        count: how many it takes; None for a fuse map, which takes one.
+        channels: of no account, as a gate has one number a skip.
+        gate: what the gate is called in it.
+    """
+
+    name: str
+    kind: str
+    count: int | None
+    channels: None = None
+    gate: str = SKIP_GATE
+
+
+def find_sites(network: nn.Module, spec: ResidualGates) -> tuple[list[Site], list[Site]]:
+    """The units to gate, and all that are known at that level, in the network's order.
+
+    Raises:
+        FewstepError: if there are none, or a pattern is in no name.
+    """
+    known = list(_branch_sites(network) if spec.level == "branch" else _block_sites(network))
+    chosen = known
+    if spec.include is not None:
+        chosen = _included(network, spec, known)
+    for pattern in spec.exclude or ():
+        if not any(re.search(pattern, site.name) for site in chosen):
+            raise FewstepError(
+                f"gates.exclude: '{pattern}' is in the name of no unit that would be gated. "
+                f"{_some(chosen)}"
+            )
+    left = [s for s in chosen if not any(re.search(p, s.name) for p in spec.exclude or ())]
+    if not left:
+        raise FewstepError(
+            f"No residual unit of {type(network).__name__} is left to gate at the level "
+            f"'{spec.level}'. {_some(known)} Change gates.include or gates.exclude, or let its "
+            "blocks say `residual_branches` and `residual_stream`."
+        )
+    return left, known
+
+
+def _branch_sites(network: nn.Module) -> Iterator[Site]:
+    seen = set()
+    for name, block in network.named_modules():
+        kind = kind_of(block)
+        for branch in kind.branches if kind is not None else ():
+            layer = _find(block, branch.layer)
+            if layer is None or layer in seen:
+                continue
+            seen.add(layer)
+            if not isinstance(layer, LAYERS):
+                raise FewstepError(
+                    f"'{_join(name, branch.layer)}' is a {type(layer).__name__}; gates go on "
+                    "linear and convolutional layers. Add gates before the layer is replaced."
+                )
+            yield _layer_site(
+                _join(name, branch.layer), layer, name, class_name(block), branch.side
+            )
+
+
+def _layer_site(name: str, layer: Layer, block: str, kind: str, side: Side = "sample") -> Site:
+    linear = isinstance(layer, nn.Linear)
+    channels = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+    return Site(name, block, kind, channels, -1 if linear else 1, side)
+
+
+def _block_sites(network: nn.Module) -> Iterator[Site]:
+    known = [(name, block, kind_of(block)) for name, block in network.named_modules()]
+    blocks = [(name, block, kind) for name, block, kind in known if kind is not None]
+    for name, block, kind in blocks:
+        for stream in kind.streams if keeps_its_stream(block) else ():
+            last = _find(block, stream.last)
+            # What the last block makes of the text is used by nothing.
+            unused = stream.side == "text" and name == blocks[-1][0]
+            if isinstance(last, LAYERS) and not unused:
+                site = _layer_site(name, last, name, class_name(block), stream.side)
+                channel_dim = stream.channel_dim or site.channel_dim
+                yield replace(site, stream=stream, channel_dim=channel_dim)
+
+
+def _included(network: nn.Module, spec: ResidualGates, known: list[Site]) -> list[Site]:
+    """The units in whose names one of the patterns is, in the network's order."""
+    wanted: list[Site] = []
+    for pattern in spec.include or ():
+        found = [site for site in known if re.search(pattern, site.name)]
+        found = found or _elsewhere(network, spec, pattern, known)
+        wanted += [site for site in found if site not in wanted]
+    order = {name: i for i, (name, _) in enumerate(network.named_modules())}
+    return sorted(wanted, key=lambda site: order[site.name])
+
+
+def _elsewhere(
+    network: nn.Module, spec: ResidualGates, pattern: str, known: list[Site]
+) -> list[Site]:
+    """Layers that a pattern names though they end no branch that is known."""
+    named = [(n, m) for n, m in network.named_modules() if n and re.search(pattern, n)]
+    if spec.level == "branch":
+        layers = [(n, m) for n, m in named if isinstance(m, LAYERS)]
+        if layers:
+            return [_layer_site(n, m, n, type(m).__name__) for n, m in layers]
+    elif named:
+        name, module = named[0]
+        raise FewstepError(
+            f"gates.include: '{pattern}' names '{name}', a {class_name(module)}, whose stream is "
+            "not known, or not kept. Let the class say `residual_branches` and `residual_stream` "
+            "(fewstep.networks.gates.blocks.ResidualBlock), or set gates.level: branch."
+        )
+    raise FewstepError(
+        f"gates.include: '{pattern}' is in no name of {type(network).__name__}. {_some(known)}"
+    )
+
+
+def find_skips(network: nn.Module) -> list[SkipSite]:
+    """The long skips of a U-shaped network.
+
+    Raises:
+        FewstepError: if it has none.
+    """
+    found = []
+    for name, module in network.named_modules():
+        resnets = getattr(module, "resnets", None)
+        if isinstance(resnets, nn.ModuleList) and position_of(module, SKIPS) is not None:
+            found.append(SkipSite(name, class_name(module), len(resnets)))
+        if name.split(".")[-1] == FUSE and isinstance(module, nn.Linear):
+            if module.in_features != 2 * module.out_features:
+                raise FewstepError(
+                    f"gates.skip: '{name}' does not take a stream and a skip of "
+                    f"{module.out_features} channels each; set gates.skip: false."
+                )
+            found.append(SkipSite(name, class_name(module), None))
+    if not found:
+        raise FewstepError(
+            f"gates.skip: {type(network).__name__} has no long skips: no up blocks that take "
+            f"'{SKIPS}', and no fuse map named '{FUSE}'. Set gates.skip: false."
+        )
+    return found
+
+
+def _find(block: nn.Module, path: str) -> nn.Module | None:
+    """A module within a block; None if the block has none of this name."""
+    found: nn.Module | None = block
+    for part in path.split("."):
+        found = None if found is None else found._modules.get(part)
+    return found
+
+
+def _join(block: str, path: str) -> str:
+    return f"{block}.{path}" if block else path
+
+
+def _some(sites: list[Site]) -> str:
+    names = ", ".join(f"'{site.name}'" for site in sites[:3])
+    more = f" and {len(sites) - 3} more" if len(sites) > 3 else ""
+    return f"There are {names}{more}." if sites else "There are none that are known."

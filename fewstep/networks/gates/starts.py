@@ -1,0 +1,82 @@
+"""Where alpha starts, and whether a network that starts there can learn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fewstep.errors import FewstepError
+from fewstep.networks.gates.gate import Gate
+from fewstep.networks.gates.sites import Site
+from fewstep.networks.gates.spec import Init
+
+# Modules of diffusers whose linear layer makes, among others, the factor of a branch.
+MODULATIONS = ("AdaLayerNormZero", "AdaLayerNormZeroSingle", "SD35AdaLayerNormZeroX")
+TABLE = "scale_shift_table"
+
+
+def start(policy: Init, units: int) -> float:
+    """Alpha's first value in a stack of so many units that add to one stream.
+
+    ``depth`` keeps the variance of a sum of independent branches, and of their gradients, free of
+    the depth: ``sum alpha^2 = 1``. ``ode`` is the step of Euler's method over unit time.
+    """
+    return {"identity": 1.0, "depth": units**-0.5, "ode": 1 / units, "zero": 0.0}[policy]
+
+
+@torch.no_grad()
+def set_starts(gates: Iterable[tuple[Site, Gate]], known: Iterable[Site], policy: Init) -> None:
+    """Sets alpha of each gate.
+
+    Args:
+        gates: the gates and where they are.
+        known: all units of the network, gated or not.
+        policy: see :class:`~fewstep.networks.gates.spec.ResidualGates`.
+    """
+    units = Counter(site.side for site in known)
+    for site, gate in gates:
+        if gate.delta is not None:
+            gate.delta.fill_(start(policy, max(1, units[site.side])) - 1)
+
+
+def check_alive(network: nn.Module, sites: Iterable[Site]) -> None:
+    """Refuses an alpha of zero where the branch is multiplied with, or is, zero already.
+
+    With adaLN-Zero's gate ``g = 0`` and ``alpha = 0``, the gradients of alpha (a multiple of
+    ``g``), of ``g`` (of alpha) and of the branch (of both) are exactly zero: none ever moves. So it
+    is where the branch's last layer is zero, whose gradient is a multiple of alpha.
+
+    Raises:
+        FewstepError: naming the first such unit.
+    """
+    for site in sites:
+        dead = next(_dead(network, site), None)
+        if dead is not None:
+            raise FewstepError(
+                f"gates.init zero can never train '{site.name}': its {dead} is zero too, so the "
+                "gradients of alpha, of that and of the branch are all exactly zero. Set "
+                "gates.init: identity (or depth); such a block starts as the identity anyway."
+            )
+
+
+def _dead(network: nn.Module, site: Site) -> Iterator[str]:
+    block = network.get_submodule(site.block)
+    for name, module in block.named_modules():
+        linear = getattr(module, "linear", None)
+        known = type(module).__name__ in MODULATIONS
+        if known and isinstance(linear, nn.Linear) and _zero(linear):
+            yield f"modulation '{site.block}.{name}.linear' (adaLN-Zero)"
+    table = getattr(block, TABLE, None)
+    if isinstance(table, Tensor) and not table.any():
+        yield f"modulation '{site.block}.{TABLE}' (adaLN-single)"
+    layer = network.get_submodule(site.name)
+    last = layer.get_submodule(site.stream.last) if site.stream is not None else layer
+    if _zero(last):
+        yield "last layer"
+
+
+def _zero(layer: nn.Module) -> bool:
+    return not any(parameter.any() for parameter in layer.parameters(recurse=False))

@@ -1,0 +1,134 @@
+"""``fewstep gates``: its options, and what they lead to."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+DESCRIPTION = """\
+Learnable gates on the residual branches of a pipeline's network (Neural Residual Diffusion):
+z + alpha F(z) + beta in place of z + F(z).
+
+  apply    put gates beside the network of a pipeline's folder; whatever reads the folder with
+           fewstep has them from then on, and training from it trains them
+  merge    write a pipeline whose weights have the gates in them, which needs nothing of fewstep
+  report   what the gates of a pipeline, a checkpoint or a run have become
+"""
+
+EPILOG = """\
+  fewstep gates apply models/sd15 --init depth --skip
+  fewstep gates report runs/digits/teacher --picture gates.png
+  fewstep gates merge models/sd15 --dest models/sd15_merged
+
+To merge the gates of a trained student use `fewstep export`, which does so.
+"""
+
+APPLY = """\
+Put gates that change nothing, or start as --init says, beside a pipeline's network, in two files:
+rdm_gates.safetensors and rdm_gates.json. The network's own files stay as they are.
+"""
+MERGE = """\
+Write a pipeline's folder with the gates merged into the weights: W <- alpha W, b <- alpha b + beta.
+The network computes the same. Refused for gates that are no change of a weight: those around whole
+blocks, on skips in front of a norm, or with a part that depends on the time.
+"""
+REPORT = """\
+Print each gate's alpha, the spread of alpha over channels, the norm of beta, and rho or the skips'
+factor where it has one.
+"""
+
+
+def main(arguments: list[str]) -> None:
+    """Runs ``fewstep gates``.
+
+    Raises:
+        FewstepError: for what the user can mend.
+    """
+    options = _parser().parse_args(arguments)
+    # Networks need torch; it waits until here, so that --help answers at once.
+    if options.action == "apply":
+        from scripts.gates.folders import apply
+
+        print(apply(options.pipeline, _spec(options), options.overwrite))
+    elif options.action == "merge":
+        from scripts.gates.folders import merge
+
+        print(f"Merged {merge(options.pipeline, options.dest)} gates into {options.dest}.")
+    else:
+        from scripts.gates.report import picture, read_values, text
+
+        values = read_values(options.source)
+        print(text(values))
+        if options.picture is not None:
+            print(f"Picture: {picture(values, options.picture)}")
+
+
+def _spec(options: argparse.Namespace) -> Any:
+    from fewstep.networks.gates import ResidualGates
+
+    names = ("mode", "level", "alpha_shape", "init", "skip", "time_conditioned")
+    chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
+    return ResidualGates(**chosen, include=options.include, exclude=options.exclude)
+
+
+def _parser() -> argparse.ArgumentParser:
+    style = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "fewstep gates", formatter_class=style, description=DESCRIPTION, epilog=EPILOG
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="apply|merge|report")
+    apply = actions.add_parser("apply", formatter_class=style, description=APPLY)
+    apply.add_argument("pipeline", metavar="PIPELINE", type=Path, help="its folder")
+    _add_gate_options(apply)
+    apply.add_argument("--overwrite", action="store_true", help="replace the gates that are there")
+    merge = actions.add_parser("merge", formatter_class=style, description=MERGE)
+    merge.add_argument("pipeline", metavar="PIPELINE", type=Path, help="its folder, with gates")
+    merge.add_argument("--dest", metavar="FOLDER", type=Path, required=True, help="what to write")
+    report = actions.add_parser("report", formatter_class=style, description=REPORT)
+    report.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a pipeline's folder with gates, a checkpoint, or a run's or an experiment's folder",
+    )
+    report.add_argument(
+        "--picture", metavar="PNG", type=Path, help="draw alpha and beta as bars as well"
+    )
+    return parser
+
+
+def _add_gate_options(parser: argparse.ArgumentParser) -> None:
+    modes = ["none", "alpha", "beta", "alpha_beta", "alpha_rho", "full"]
+    parser.add_argument(
+        "--mode",
+        choices=modes,
+        default="alpha_beta",
+        help="which of alpha, beta and rho (alpha_rho: alpha and rho; full: all); by default "
+        "alpha_beta",
+    )
+    parser.add_argument(
+        "--level",
+        choices=["branch", "block"],
+        default="branch",
+        help="on each branch (default; can be merged), or around each block, as rho needs",
+    )
+    parser.add_argument(
+        "--alpha-shape",
+        choices=["scalar", "channel"],
+        default="scalar",
+        help="one alpha a gate (default) or one a channel",
+    )
+    parser.add_argument(
+        "--init",
+        choices=["identity", "depth", "ode", "zero"],
+        default="identity",
+        help="alpha starts at 1 (default), 1/sqrt(n), 1/n or 0, with n residual branches",
+    )
+    parser.add_argument("--skip", action="store_true", help="gate a U-Net's long skips too")
+    parser.add_argument(
+        "--time-conditioned", action="store_true", help="alpha and beta depend on the time as well"
+    )
+    for option, what in (("--include", "gate only"), ("--exclude", "do not gate")):
+        parser.add_argument(
+            option, metavar="REGEX", nargs="+", help=f"{what} what has one of these in its name"
+        )

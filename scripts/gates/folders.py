@@ -1,0 +1,75 @@
+"""Gates beside the network of a pipeline's folder, and merged into a new one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+from fewstep.errors import FewstepError
+from fewstep.networks.folders import family_of, read_json
+from fewstep.networks.gates import (
+    GateTable,
+    ResidualGates,
+    apply_gates,
+    has_gates,
+    is_gated,
+    load_gates,
+    merge_gates,
+    save_gates,
+)
+from fewstep.networks.pipelines import load_network
+from scripts.export.folder import new_folder, write_network
+
+
+def apply(pipeline: Path, spec: ResidualGates, overwrite: bool = False) -> GateTable:
+    """Puts gates beside a pipeline's network.
+
+    Returns:
+        The gates, to be printed.
+
+    Raises:
+        FewstepError: if it is no pipeline's folder, has gates that may not be replaced, or nothing
+            in it can be gated so.
+    """
+    family = family_of(pipeline)
+    if has_gates(pipeline / family.part) and not overwrite:
+        raise FewstepError(
+            f"'{pipeline / family.part}' has gates already; add --overwrite to replace them."
+        )
+    network = load_network(pipeline, family)
+    table = apply_gates(network, spec)
+    if not is_gated(network):
+        raise FewstepError("These options make no gates; choose another --mode, or add --skip.")
+    save_gates(network, pipeline / family.part)
+    return table
+
+
+def merge(pipeline: Path, dest: Path) -> int:
+    """Writes a pipeline with the gates merged into its weights.
+
+    Parts other than the network are copied.
+
+    Returns:
+        How many gates were merged.
+
+    Raises:
+        FewstepError: if there are none, some cannot be merged, or the folder is taken.
+    """
+    family = family_of(pipeline)
+    part = pipeline / family.part
+    network = load_network(pipeline, family)
+    load_gates(network, part)
+    merged = merge_gates(network)
+    with new_folder(dest, overwrite=False) as folder:
+        for path in pipeline.iterdir():
+            if path.is_dir() and path != part:
+                shutil.copytree(path, folder / path.name)
+            elif path.is_file():
+                shutil.copy2(path, folder / path.name)
+        index = read_json(pipeline / "model_index.json")
+        index[family.part] = ["diffusers", type(network).__name__]
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model_index.json").write_text(text, encoding="utf-8")
+        write_network(network, folder / family.part, half=False)
+    return len(merged)

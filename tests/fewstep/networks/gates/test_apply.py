@@ -1,0 +1,280 @@
+"""Gates on the networks of all families."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jsonargparse
+import pytest
+import torch
+from torch import nn
+
+from fewstep.errors import FewstepError
+from fewstep.networks import DiT, ema_update
+from fewstep.networks.gates import (
+    ResidualGates,
+    apply_gates,
+    gate_parameters,
+    gates_of,
+    is_gated,
+    merge_gates,
+)
+from lightning_modules.preparation import checkpoint_activations, compile_blocks, keep_in
+
+Tinies = Callable[[str], Any]
+U_SHAPED = ("unet", "unet2d", "modelscope", "animatediff")
+UNITS = {  # at the branch and at the block level
+    "dit": (4, 2),
+    "pixart": (6, 2),
+    "sd3": (7, 3),  # 5 and 2 branches: a second attention, and a last block without text
+    "flux": (6, 5),  # 4 branches, 1 and 1; both streams but for the last block's text
+    "wan": (6, 2),
+    "ltx": (6, 2),
+    "latte": (10, 4),  # three branches in space, two in time
+    "unet": (20, 7),  # of 8 resnets 3 keep their channels; 4 transformers of 3 branches
+    "unet2d": (12, 7),  # 4 attentions, 8 resnets
+    "modelscope": (43, 20),  # and 5 transformers and 8 convolutions in time
+    "animatediff": (41, 14),  # and 7 motion modules
+    "video_dit": (4, 2),
+}
+HALVES = dict.fromkeys(UNITS, (torch.bfloat16,))
+HALVES |= dict.fromkeys(("dit", "flux", "unet2d"), (torch.bfloat16, torch.float16))
+
+
+def gates(family: str, level: Any = "branch", **more: Any) -> ResidualGates:
+    mode = "alpha_beta" if level == "branch" else "full"
+    return ResidualGates(**{"mode": mode, "level": level, "skip": family in U_SHAPED, **more})
+
+
+@torch.no_grad()
+def disturb(network: nn.Module, std: float = 0.1) -> None:
+    for parameter in gate_parameters(network):
+        parameter.add_(std * torch.randn_like(parameter))
+
+
+@pytest.mark.parametrize("level", ["branch", "block"])
+def test_gates_of_zeros_change_no_bit_and_others_do(family: str, level: str, tiny: Tinies) -> None:
+    it = tiny(family)
+    plain = copy.deepcopy(it.network)
+    table = apply_gates(it.network, gates(family, level, alpha_shape="channel"))
+    for train in (True, False):
+        assert torch.equal(it(it.network.train(train)), it(plain.train(train)))
+    for dtype in HALVES[family]:
+        gated, half = copy.deepcopy(it.network).to(dtype), copy.deepcopy(plain).to(dtype)
+        assert it(half).isfinite().all()
+        assert torch.equal(it(gated), it(half))
+    expected = it(plain)
+    with torch.no_grad():
+        for name, parameter in it.network.named_parameters():
+            if name.endswith("delta"):
+                parameter.fill_(-0.5)
+    assert (it() - expected).norm() / expected.norm() > 0.01
+    units = [row for row in table.rows if "skip" not in row.name]
+    assert len(units) == UNITS[family][level == "block"]
+    assert table.parameters == sum(p.numel() for p in gate_parameters(it.network))
+
+
+@pytest.mark.parametrize("level", ["branch", "block"])
+def test_gates_stay_float32_in_half_precision(level: str, tiny: Tinies) -> None:
+    it = tiny("unet2d")
+    apply_gates(it.network, gates("unet2d", level))
+    disturb(it.network)
+    values = [parameter.clone() for parameter in gate_parameters(it.network)]
+    for halved in (it.network.to(torch.bfloat16), it.network.half()):
+        assert all(map(torch.equal, values, gate_parameters(halved)))
+        assert it().dtype == next(halved.parameters()).dtype  # and promote nothing
+    doubled = gate_parameters(it.network.double())
+    assert {parameter.dtype for parameter in doubled} == {torch.float64}
+
+
+@pytest.mark.parametrize("level", ["branch", "block"])
+def test_every_gate_gets_gradient(family: str, level: str, tiny: Tinies) -> None:
+    it = tiny(family)
+    it.network.requires_grad_(False)
+    apply_gates(it.network, gates(family, level, time_conditioned=True))
+    it().square().mean().backward()
+    for name, gate in gates_of(it.network):
+        for parameter in gate.parameters():
+            assert parameter.grad is not None, name
+            assert parameter.grad.any(), name
+
+
+def test_a_copy_a_pickle_and_an_average_have_gates_of_their_own(tiny: Tinies) -> None:
+    for family, level in (("dit", "branch"), ("unet2d", "block")):
+        it = tiny(family)
+        apply_gates(it.network, gates(family, level))
+        average = copy.deepcopy(it.network)
+        again = pickle.loads(pickle.dumps(it.network))
+        before = it(average)
+        disturb(it.network)
+        assert not torch.equal(it(), before)
+        assert torch.equal(it(average), before)
+        assert torch.equal(it(again), before)
+        again.load_state_dict(it.network.state_dict())
+        assert torch.equal(it(again), it())
+        ema_update(average, it.network, 0.0)
+        assert torch.equal(it(average), it())
+
+
+def grads(network: nn.Module, output: torch.Tensor) -> list[torch.Tensor]:
+    found = torch.autograd.grad(output.square().mean(), list(network.parameters()))
+    return [gradient.detach() for gradient in found]
+
+
+@pytest.mark.parametrize("level", ["branch", "block"])
+def test_recomputed_activations_give_the_same_output_and_gradients(
+    level: str, tiny: Tinies
+) -> None:
+    it = tiny("video_dit")
+    apply_gates(it.network, gates("video_dit", level, time_conditioned=True))
+    disturb(it.network)
+    expected, plain = it(), grads(it.network, it())
+    checkpoint_activations(it.network)
+    output = it()
+    with torch.no_grad():  # at other times, before the backward pass
+        it.network(**{**it.given, "t": it.given["t"] - 100})
+    assert torch.equal(output, expected)
+    assert all(map(torch.equal, grads(it.network, output), plain))
+
+
+def test_gates_see_blocks_that_were_checkpointed_before(tiny: Tinies) -> None:
+    it = tiny("video_dit")
+    checkpoint_activations(it.network)
+    apply_gates(it.network, gates("video_dit", "block"))
+    before = it()
+    disturb(it.network)
+    assert not torch.equal(it(), before)
+
+
+def compiled_like_plain(network: nn.Module, block: nn.Module, given: tuple[Any, ...]) -> None:
+    expected = network(*given)
+    wanted = grads(network, expected)
+    block.compile(backend="aot_eager", fullgraph=True)
+    found = network(*given)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(grads(network, found), wanted, atol=1e-6, rtol=1e-5)
+    disturb(network)
+    assert not torch.allclose(network(*given), expected, atol=1e-4)  # no value is compiled in
+
+
+def test_a_compiled_layer_calls_its_gate() -> None:
+    network = nn.Sequential(nn.Linear(3, 4))
+    apply_gates(network, ResidualGates(include=["0"]))
+    disturb(network)
+    compiled_like_plain(network, network, (torch.randn(5, 3),))
+    expected = network(torch.ones(1, 3))
+    assert merge_gates(network) == ["0.rdm_gate"]
+    torch.testing.assert_close(network(torch.ones(1, 3)), expected)  # it is gated no longer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["branch", "block"])
+def test_compiled_blocks_compute_what_others_do(level: str, tiny: Tinies) -> None:
+    it = tiny("video_dit")
+    apply_gates(it.network, gates("video_dit", level, time_conditioned=True))
+    disturb(it.network)
+    for block in it.network.blocks[1:]:
+        block.compile(backend="aot_eager", fullgraph=True)
+    compiled_like_plain(it.network, it.network.blocks[0], tuple(it.given.values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("level", ["branch", "block"])
+def test_whole_networks_compile_without_a_break(level: str, tiny: Tinies) -> None:
+    for family in ("dit", "flux", "unet2d"):
+        it = tiny(family)
+        apply_gates(it.network, gates(family, level))
+        disturb(it.network)
+        expected = it()
+        it.network.compile(backend="aot_eager", fullgraph=True)
+        torch.testing.assert_close(it(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_frozen_roles_in_bfloat16_keep_float32_gates() -> None:
+    network = DiT(8, 3, num_layers=1)
+    apply_gates(network, ResidualGates())
+    keep_in(network, torch.bfloat16)
+    assert {p.dtype for p in gate_parameters(network)} == {torch.float32}
+    assert network.transformer.proj_out_1.weight.dtype == torch.bfloat16
+
+
+def test_patterns_choose_among_the_units(tiny: Tinies) -> None:
+    network = tiny("dit").network
+    spec = ResidualGates(include=[r"attn1", r"blocks\.1\.ff"], exclude=[r"^transformer_blocks\.0"])
+    names = [row.name for row in apply_gates(network, spec).rows]
+    assert names == [
+        "transformer_blocks.1.attn1.to_out.0.rdm_gate",
+        "transformer_blocks.1.ff.net.2.rdm_gate",
+    ]
+
+
+def test_a_pattern_may_name_layers_that_end_no_known_branch(tiny: Tinies) -> None:
+    table = apply_gates(tiny("dit").network, ResidualGates(include=["proj_out_2"]))
+    assert [(row.name, row.kind) for row in table.rows] == [("proj_out_2.rdm_gate", "Linear")]
+    assert table.rows[0].channels == 16
+    assert "proj_out_2.rdm_gate" in str(table)
+    assert "1 gates with 17 parameters: mode alpha_beta at the branch level" in str(table)
+
+
+def test_no_gates_at_all_are_a_baseline(tiny: Tinies) -> None:
+    it = tiny("dit")
+    keys = list(it.network.state_dict())
+    assert apply_gates(it.network, ResidualGates(mode="none")).rows == ()
+    assert list(it.network.state_dict()) == keys
+    assert not is_gated(it.network)
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        ({"mode": "alpha_rho"}, "level: block"),
+        ({"mode": "full"}, "level: block"),
+        ({"mode": "beta", "init": "depth"}, "has no alpha"),
+        ({"mode": "none", "skip": True, "time_conditioned": True}, "has neither"),
+        ({"include": ["("]}, "regular expressions"),
+        ({"include": ["no such"]}, "is in no name"),
+        ({"exclude": ["no such"]}, "no unit that would be gated"),
+        ({"exclude": ["."]}, "No residual unit of DiTTransformer2DModel is left"),
+        ({"skip": True}, "no long skips"),
+        ({"level": "block", "include": ["pos_embed"]}, "a PatchEmbed, whose stream is not known"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    options: dict[str, Any], told: str, tiny: Tinies
+) -> None:
+    network = tiny("dit").network
+    with pytest.raises(FewstepError, match=told):
+        apply_gates(network, ResidualGates(**options))
+    assert not is_gated(network)
+
+
+def test_what_is_gated_compiled_or_unknown_is_refused(tiny: Tinies) -> None:
+    network = tiny("dit").network
+    apply_gates(network, ResidualGates())
+    with pytest.raises(FewstepError, match="has residual gates already"):
+        apply_gates(network, ResidualGates(level="block"))
+    backbone = DiT(8, 3, num_layers=1)
+    compile_blocks(backbone)
+    with pytest.raises(FewstepError, match="is compiled already"):
+        apply_gates(backbone, ResidualGates())
+    with pytest.raises(FewstepError, match="is compiled already"):
+        apply_gates(torch.compile(nn.Linear(2, 2)), ResidualGates(include=["weight"]))
+    with pytest.raises(FewstepError, match="let its blocks say `residual_branches`"):
+        apply_gates(nn.Sequential(nn.Linear(2, 2)), ResidualGates())
+    with pytest.raises(FewstepError, match="has no argument named timestep or t"):
+        apply_gates(
+            nn.Sequential(nn.Linear(2, 2)), ResidualGates(include=["0"], time_conditioned=True)
+        )
+
+
+def test_options_come_from_yaml() -> None:
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--gates", type=ResidualGates | None, default=None)
+    given = {"mode": "full", "level": "block", "init": "depth", "exclude": ["attn2"]}
+    found = parser.instantiate_classes(parser.parse_object({"gates": given})).gates
+    assert found == ResidualGates(**given)
+    with pytest.raises(jsonargparse.ArgumentError):
+        parser.parse_object({"gates": {"mode": "gamma"}})
