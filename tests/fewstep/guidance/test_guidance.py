@@ -1,0 +1,134 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import ArgumentParser
+from torch import Tensor
+
+from fewstep.diffusion import ode_sample
+from fewstep.errors import FewstepError
+from fewstep.guidance import (
+    DDIM,
+    Capped,
+    DiffAugment,
+    Downsample,
+    Guidance,
+    LinearMeasurement,
+    Matrix,
+    Polyak,
+    Recurrence,
+    Scheduled,
+    Smoothing,
+    Window,
+    guided_sample,
+    plan_steps,
+)
+
+TIMES = torch.tensor([999.0, 699.0, 399.0, 199.0, -1.0]).double()
+
+
+def randn(*shape: int, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+
+MATRIX = LinearMeasurement(Matrix(randn(2, 4, seed=1)))
+NOISE, TARGET = randn(3, 4), randn(3, 2, seed=2)
+
+
+def test_windows_say_which_steps_are_guided_and_the_trace_counts_the_work(net: Any) -> None:
+    guidance = Guidance(
+        MATRIX,
+        Scheduled(0.1),
+        Scheduled(0.1),
+        clean_iterations=3,
+        window=Window(199, 999, every=2),
+        smoothing=Smoothing(0.1, copies=5),
+        recurrence=Recurrence(2, Window(300, 500)),
+    )
+    run = guided_sample(net, NOISE, None, TIMES, guidance, TARGET)
+    assert run.trace.times == (999.0, 399.0, 399.0)
+    assert run.trace.costs.denoiser_evaluations == 5
+    assert run.trace.costs.denoiser_gradients == 3
+    assert run.trace.costs.energy_evaluations == 3 * (1 + 3) * 5
+
+
+def test_a_window_ends_with_its_high_and_begins_above_its_low(net: Any) -> None:
+    steps = plan_steps(net.schedule, TIMES, DDIM())
+    for window, times in (
+        (Window(399, 999), [999.0, 699.0]),
+        (Window(398, 998), [699.0, 399.0]),
+        (Window(every=3), [999.0, 199.0]),
+        (Window(high=399), [399.0, 199.0]),
+    ):
+        assert [step.t for step in steps if window.holds(step)] == times
+
+
+def test_inner_steps_move_the_state_before_the_step_is_taken(net: Any) -> None:
+    x, times = NOISE, TIMES[1:3]
+    alpha = float(net.schedule.alpha(times[:1]))
+    t = times[:1].expand(3)
+    for _ in range(2):
+        leaf = x.detach().requires_grad_()
+        loss = MATRIX(net(leaf, t).x0, TARGET)
+        x = x - 0.3 * alpha * torch.autograd.grad(loss.sum(), leaf)[0]
+    expected = ode_sample(net, x, None, times)
+    guidance = Guidance(MATRIX, Scheduled(0.3, "signal"), inner_steps=2)
+    run = guided_sample(net, NOISE, None, times, guidance, TARGET)
+    torch.testing.assert_close(run.samples, expected, rtol=0, atol=1e-10)
+    torch.testing.assert_close(run.trace.displacement[0], (x - NOISE).square().mean(1).sqrt())
+    assert run.trace.costs.denoiser_evaluations == 3
+
+
+def test_a_window_without_steps_leaves_the_sampler_as_it_is(net: Any) -> None:
+    guidance = Guidance(MATRIX, Scheduled(9.0), window=Window(5000, 6000))
+    run = guided_sample(net, NOISE, None, TIMES, guidance, TARGET)
+    torch.testing.assert_close(run.samples, ode_sample(net, NOISE, None, TIMES))
+    assert run.trace.times == ()
+    assert run.trace.loss.shape == (0, 3)
+
+
+def test_guidance_is_built_from_an_experiment_file() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--guidance", type=Guidance)
+    place = "fewstep.guidance"
+    given = {
+        "energy": {
+            "class_path": f"{place}.LinearMeasurement",
+            "init_args": {
+                "operator": {"class_path": f"{place}.Downsample", "init_args": {"factor": 4}}
+            },
+        },
+        "state": {
+            "class_path": f"{place}.Capped",
+            "init_args": {
+                "rule": {"class_path": f"{place}.Polyak", "init_args": {"gap": "eps_norm"}}
+            },
+        },
+        "augmentor": {"class_path": f"{place}.DiffAugment", "init_args": {"copies": 20}},
+        "recurrence": {"count": 10, "window": {"low": 300, "high": 800}},
+    }
+    built = parser.instantiate(parser.parse_object({"guidance": given})).guidance
+    assert built == Guidance(
+        LinearMeasurement(Downsample(4)),
+        Capped(Polyak(gap="eps_norm")),
+        augmentor=DiffAugment(20),
+        recurrence=Recurrence(10, Window(300, 800)),
+    )
+
+
+def test_options_that_make_no_sense_are_refused(net: Any) -> None:
+    with pytest.raises(FewstepError, match="without a step rule"):
+        Guidance(MATRIX)
+    with pytest.raises(FewstepError, match="clean_iterations"):
+        Guidance(MATRIX, clean=Scheduled(1.0), clean_iterations=0)
+    with pytest.raises(FewstepError, match="inner_steps: 2"):
+        Guidance(MATRIX, clean=Scheduled(1.0), inner_steps=2)
+    with pytest.raises(FewstepError, match="low must be below high"):
+        Window(500, 300)
+    with pytest.raises(FewstepError, match="count: 0"):
+        Recurrence(0)
+    with pytest.raises(FewstepError, match="2 targets were given for 3 samples"):
+        guided_sample(net, NOISE, None, TIMES, Guidance(MATRIX, Scheduled(0.1)), TARGET[:2])
