@@ -5,6 +5,7 @@ from callbacks.checkpoints import Checkpoints
 from callbacks.console import Progress
 from callbacks.evaluation import Evaluation
 from callbacks.finite import FiniteLosses
+from callbacks.gates import GateReport
 from callbacks.preemption import Preempted, Preemption
 from callbacks.samples import Samples
 from callbacks.throughput import Throughput
@@ -14,6 +15,7 @@ __all__ = [
     "Checkpoints",
     "Evaluation",
     "FiniteLosses",
+    "GateReport",
     "Preempted",
     "Preemption",
     "Progress",

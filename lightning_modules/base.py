@@ -3,7 +3,8 @@
 A method says what it builds (:meth:`FewStepModule.build_roles`), what it draws
 (:meth:`FewStepModule.draw`) and which losses follow (:meth:`FewStepModule.updates`). The rest is
 here, once: accumulation, clipping, learning rates, EMA, counters, validation. What is not of the
-training step is in :mod:`lightning_modules.sampling` and :mod:`lightning_modules.recorded`.
+training step is in :mod:`lightning_modules.sampling`, :mod:`lightning_modules.recorded` and
+:mod:`lightning_modules.built`.
 
 One batch is one student update, whatever the method: ``trainer.global_step`` counts student updates
 and nothing else, so that ``max_steps``, checkpoints, logs and evaluations all mean the same.
@@ -11,24 +12,23 @@ and nothing else, so that ``max_steps``, checkpoints, logs and evaluations all m
 
 from __future__ import annotations
 
-import copy
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import OptimizerCallable
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import AdamW
 
 from fewstep.batches import in_shape_of
 from fewstep.contracts import Batch
-from fewstep.diffusion import Denoiser
+from fewstep.errors import FewstepError
 from fewstep.networks import ema_update, warmed_up_decay
-from fewstep.networks.folders import find_folder
-from fewstep.networks.lora import LoRA, SharedBase, share_base
-from fewstep.seeding import derived_seed, torch_generator
-from lightning_modules.companions import Companions
+from fewstep.networks.gates import ResidualGates
+from fewstep.networks.lora import LoRA
+from fewstep.seeding import torch_generator
+from lightning_modules.built import BuiltRoles, Trained
 from lightning_modules.conditioning import in_float32
 from lightning_modules.optimisation import (
     BLOCK,
@@ -37,20 +37,12 @@ from lightning_modules.optimisation import (
     micro_batches,
     noise_in_blocks,
 )
-from lightning_modules.parallel import ShardedStrategy, shard
-from lightning_modules.preparation import (
-    check_precision,
-    checkpoint_activations,
-    compile_blocks,
-    keep_in,
-)
-from lightning_modules.recorded import RecordedRoles
-from lightning_modules.roles import Evaluations, Update, frozen, run_seed
+from lightning_modules.roles import Evaluations, Update, run_seed
 
 Turn = Callable[[Batch, Any], Iterator[Update]]
 
 
-class FewStepModule(RecordedRoles):
+class FewStepModule(BuiltRoles):
     """Common ground of all methods.
 
     Args:
@@ -74,6 +66,13 @@ class FewStepModule(RecordedRoles):
             which takes memory and saves gathering them for every evaluation.
         lora: train adapters on the network the student starts from, instead of a copy of it. Base,
             teacher and average are then one network, and checkpoints hold the adapters alone.
+        gates: learnable gates on the student's residual branches or blocks (Neural Residual
+            Diffusion), which are trained, averaged and saved with it; merged by ``fewstep export``.
+            Not together with ``lora``.
+        gates_lr: their learning rate, as a multiple of the other parameters'. They have no weight
+            decay, as that would pull alpha to 1.
+        train_only: ``gates`` trains the student's gates alone and leaves its other weights as they
+            are; the student may also have brought its gates with it.
         pipeline: folder of the diffusers pipeline whose text encoders and VAE encode prompts and
             pixels and decode samples; the teacher's by default.
         encoder_precision: what these compute in.
@@ -100,6 +99,9 @@ class FewStepModule(RecordedRoles):
         frozen_precision: Literal["float32", "bfloat16"] = "float32",
         shard_frozen: bool = True,
         lora: LoRA | None = None,
+        gates: ResidualGates | None = None,
+        gates_lr: float = 1.0,
+        train_only: Trained = "all",
         pipeline: str | None = None,
         encoder_precision: Literal["float32", "bfloat16", "float16"] = "float32",
         offload_encoders: bool = False,
@@ -117,22 +119,26 @@ class FewStepModule(RecordedRoles):
         self.frozen_precision = frozen_precision
         self.shard_frozen = shard_frozen
         self.lora = lora
+        self.gates = gates
+        self.gates_lr = gates_lr
+        self.train_only = train_only
         self.pipeline = pipeline
         self.encoder_precision = encoder_precision
         self.offload_encoders = offload_encoders
         self.vae_tiling = vae_tiling
         self.vae_slicing = vae_slicing
-        self.companions: Companions | None = None
-        self._shared: SharedBase | None = None
-        self.provenance: dict[str, dict[str, str]] = {}
-        self.loaded_metadata: dict[str, Any] | None = None
+        self.companions = None
+        self._shared = None
+        self.provenance = {}
+        self.loaded_metadata = None
         self.training_cost: dict[str, Any] = {}
+        if lora is not None and (gates is not None or train_only == "gates"):
+            raise FewstepError(
+                "`lora` trains adapters beside a frozen network, and gates belong to one that is "
+                "the student's own; leave out `lora`, or both `gates` and `train_only`."
+            )
 
     # ------------------------------------------------------------------ what a method provides
-
-    @abstractmethod
-    def build_roles(self) -> None:
-        """Builds, loads and copies the networks, ``self.student`` among them."""
 
     @abstractmethod
     def draw(self, batch: Batch, generator: torch.Generator) -> Draws:
@@ -145,88 +151,6 @@ class FewStepModule(RecordedRoles):
     @abstractmethod
     def evaluations(self) -> dict[str, Evaluations]:
         """Network evaluations a sample and student update, by role."""
-
-    # ------------------------------------------------------------------ roles
-
-    def configure_model(self) -> None:
-        """Builds all roles, once: build, load, copy, average, checkpoint, compile, shard.
-
-        Raises:
-            FewstepError: for a precision in which averages and optimisers would lose updates.
-        """
-        if "student" in self._modules:
-            return
-        if self._trainer is not None:
-            check_precision(str(self._trainer.precision))
-        with torch.random.fork_rng(devices=[]):
-            # What starts at random does so alike on all ranks, whatever else was drawn there.
-            torch.manual_seed(derived_seed(run_seed(), "roles"))
-            self.build_roles()
-        self._find_companions()
-        self.ema = None if self.ema_decay is None else self._average_of_student()
-        for role in self.frozen_roles:
-            keep_in(frozen(getattr(self, role)), getattr(torch, self.frozen_precision))
-        for name, network in self._roles():
-            if self.checkpoint_activations and name != "ema":
-                checkpoint_activations(network)
-            if self.compile_blocks:
-                compile_blocks(network)
-        if self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy):
-            self._shard(self._trainer.strategy, str(self._trainer.precision) == "bf16-mixed")
-
-    def start_student(self, source: Denoiser) -> None:
-        """Builds the student from a frozen network: a copy of it, or adapters on it.
-
-        With adapters, the network becomes the role ``teacher``, which holds it.
-        """
-        if self.lora is None:
-            self.student = copy.deepcopy(source).requires_grad_(True)
-            return
-        self._shared = share_base(source, self.lora, run_seed())
-        self.teacher, self.student = self._shared.teacher, self._shared.student
-
-    def _average_of_student(self) -> Denoiser:
-        if self._shared is None:
-            return cast(Denoiser, frozen(copy.deepcopy(self.student).float()))
-        self._shared.ema.alpha_floor = self.student.alpha_floor
-        return self._shared.ema
-
-    def _find_companions(self) -> None:
-        """Text encoders and VAE of the pipeline that was named, or else the teacher's."""
-        origins = [origin.get("pipeline") for origin in self.provenance.values()]
-        folder = self.pipeline or next(filter(None, origins), None)
-        if folder is not None:
-            dtype = getattr(torch, self.encoder_precision)
-            self.companions = Companions(
-                find_folder(folder),
-                dtype,
-                self.offload_encoders,
-                self.vae_tiling,
-                self.vae_slicing,
-            )
-
-    def _roles(self) -> list[tuple[str, nn.Module]]:
-        """The networks that there are, by role: trained, averaged, frozen."""
-        names = (*self.trained_roles, "ema", *self.frozen_roles)
-        found = [(name, getattr(self, name, None)) for name in names]
-        return [(name, role) for name, role in found if role is not None]
-
-    def _shard(self, strategy: ShardedStrategy, mixed: bool) -> None:
-        """Shards each role on its own."""
-        mesh = strategy.shard_mesh
-        for name, network in self._roles():
-            if name not in self.frozen_roles or self.shard_frozen:
-                averaged = name == "ema"
-                shard(network, mesh, torch.bfloat16 if mixed and not averaged else None, averaged)
-
-    def train(self, mode: bool = True) -> FewStepModule:
-        """Sets train mode, except for frozen and averaged roles."""
-        super().train(mode)
-        for role in ("ema", *self.frozen_roles):
-            network = getattr(self, role, None)
-            if network is not None:
-                network.eval()
-        return self
 
     # ------------------------------------------------------------------ training
 

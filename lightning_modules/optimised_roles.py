@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_modules.finite import neutralise, skip_unless
 from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
+from lightning_modules.groups import grouped
 from lightning_modules.optimisation import learning_rate_factor
 
 
@@ -26,7 +27,12 @@ class OptimisedRoles(pl.LightningModule):
         warmup_updates: student updates over which learning rates rise linearly.
         lr_decay: what learning rates do after the warm-up, until ``max_steps``.
         gradient_clip: largest gradient norm, for each role on its own; null is no clipping.
+
+    Attributes:
+        gates_lr: learning rate of residual gates, as a multiple of the other parameters'.
     """
+
+    gates_lr: float = 1.0
 
     def __init__(
         self,
@@ -109,7 +115,8 @@ class OptimisedRoles(pl.LightningModule):
             return learning_rate_factor(update, self.warmup_updates, total, self.lr_decay)
 
         optimizers = [
-            self.make_optimizer[role](self._parameters_of(role)) for role in self.trained_roles
+            grouped(self.make_optimizer[role], getattr(self, role), self.gates_lr)
+            for role in self.trained_roles
         ]
         return optimizers, [LambdaLR(optimizer, factor) for optimizer in optimizers]
 

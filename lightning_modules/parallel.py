@@ -17,6 +17,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
+from fewstep.networks.gates import gates_of
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder
 from lightning_modules.whole import load_whole
 
@@ -105,12 +106,15 @@ def units_of(role: nn.Module) -> Iterator[Unit]:
 
     Backbones name their units (``shard_units``); a role that has more than a backbone, such as a
     discriminator's heads, may name some of that in the same way. What is left of each comes after
-    its units. A role without any backbone has none: it stays replicated.
+    its units. A role without any backbone has none: it stays replicated. Residual gates are units
+    of their own, as alpha must not be rounded.
     """
     backbones = [module for module in role.modules() if isinstance(module, Backbone)]
     within = {id(parameter) for backbone in backbones for parameter in backbone.parameters()}
     headed = bool(backbones) and any(id(p) not in within for p in role.parameters())
     for backbone in backbones:
+        for _, gate in gates_of(backbone):
+            yield Unit(gate, narrow=False)
         for name in backbone.shard_units:
             yield Unit(backbone.get_submodule(name), narrow=True)
         yield Unit(backbone, narrow=not headed, rest=True)

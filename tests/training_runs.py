@@ -22,6 +22,7 @@ from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.networks import DiT, VideoDiT
 from fewstep.networks.frames import ClassCondition, ConvolutionFeatures
+from fewstep.networks.gates import ResidualGates
 from lightning_modules import (
     AdversarialPostTraining,
     ConsistencyDistillation,
@@ -41,6 +42,7 @@ Network = TypeVar("Network", bound=torch.nn.Module)
 Run = tuple[dict[str, Tensor], list[dict[str, float]], bool]  # as :func:`train` gives it
 # An eps that keeps AdamW from turning the rounding of tiny gradients into whole steps.
 OPTIMIZER = partial(torch.optim.AdamW, lr=1e-3, eps=1e-4)
+GATES = ResidualGates(alpha_shape="channel", init="ode")
 OPTIONS: dict[str, Any] = {"optimizer": OPTIMIZER, "ema_decay": 0.9, "warmup_updates": 3}
 
 
@@ -101,6 +103,8 @@ def method(name: str, **chosen: Any) -> FewStepModule:
     options = {**OPTIONS, **chosen}
     if name == "teacher":
         return DiffusionTraining(network, VPSchedule(), "v_prediction", **options)
+    if name == "gated":
+        return method("teacher", **{"gates": GATES, "gates_lr": 2.0, **options})
     if name == "mcm":
         judge = adversary(real="images", penalty=0.1)
         optimizers = {"motion_optimizer": OPTIMIZER, "discriminator_optimizer": OPTIMIZER}

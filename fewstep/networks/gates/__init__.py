@@ -11,6 +11,7 @@ from fewstep.networks.gates.files import (
 from fewstep.networks.gates.gated import gate_parameters, gate_spec, gates_of, is_gated
 from fewstep.networks.gates.merge import merge_gates
 from fewstep.networks.gates.spec import ResidualGates
+from fewstep.networks.gates.surgery import grow, prune
 from fewstep.networks.gates.table import GateTable
 from fewstep.networks.gates.values import GateValue, gate_values
 
@@ -24,10 +25,12 @@ __all__ = [
     "gate_tensors",
     "gate_values",
     "gates_of",
+    "grow",
     "has_gates",
     "is_gated",
     "load_gates",
     "merge_gates",
+    "prune",
     "read_gates",
     "save_gates",
 ]

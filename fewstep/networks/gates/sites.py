@@ -80,7 +80,7 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> tuple[list[Site], lis
     Raises:
         FewstepError: if there are none, or a pattern is in no name.
     """
-    known = list(_branch_sites(network) if spec.level == "branch" else _block_sites(network))
+    known = list(branch_sites(network) if spec.level == "branch" else block_sites(network))
     chosen = known
     if spec.include is not None:
         chosen = _included(network, spec, known)
@@ -100,7 +100,12 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> tuple[list[Site], lis
     return left, known
 
 
-def _branch_sites(network: nn.Module) -> Iterator[Site]:
+def branch_sites(network: nn.Module) -> Iterator[Site]:
+    """The last layers of all residual branches that are known, in the network's order.
+
+    Raises:
+        FewstepError: for one that is no linear or convolutional layer any more.
+    """
     seen = set()
     for name, block in network.named_modules():
         kind = kind_of(block)
@@ -125,7 +130,8 @@ def _layer_site(name: str, layer: Layer, block: str, kind: str, side: Side = "sa
     return Site(name, block, kind, channels, -1 if linear else 1, side)
 
 
-def _block_sites(network: nn.Module) -> Iterator[Site]:
+def block_sites(network: nn.Module) -> Iterator[Site]:
+    """The streams of all blocks that are known to keep theirs, in the network's order."""
     known = [(name, block, kind_of(block)) for name, block in network.named_modules()]
     blocks = [(name, block, kind) for name, block, kind in known if kind is not None]
     for name, block, kind in blocks:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.networks.gates.gate import Gate
-from fewstep.networks.gates.sites import Site
+from fewstep.networks.gates.gated import network_of
+from fewstep.networks.gates.sites import Site, branch_sites
 from fewstep.networks.gates.spec import Init
 
 # Modules of diffusers whose linear layer makes, among others, the factor of a branch.
@@ -47,11 +48,14 @@ def check_alive(network: nn.Module, sites: Iterable[Site]) -> None:
 
     With adaLN-Zero's gate ``g = 0`` and ``alpha = 0``, the gradients of alpha (a multiple of
     ``g``), of ``g`` (of alpha) and of the branch (of both) are exactly zero: none ever moves. So it
-    is where the branch's last layer is zero, whose gradient is a multiple of alpha.
+    is where the branch's last layer is zero, whose gradient is a multiple of alpha. Of a network on
+    the meta device, which is only planned, nothing is known.
 
     Raises:
         FewstepError: naming the first such unit.
     """
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return
     for site in sites:
         dead = next(_dead(network, site), None)
         if dead is not None:
@@ -60,6 +64,19 @@ def check_alive(network: nn.Module, sites: Iterable[Site]) -> None:
                 "gradients of alpha, of that and of the branch are all exactly zero. Set "
                 "gates.init: identity (or depth); such a block starts as the identity anyway."
             )
+
+
+def is_asleep(model: nn.Module) -> bool:
+    """Whether no residual branch does anything yet, as in an adaLN-Zero network just built.
+
+    Gates on such branches have gradients of exactly zero until other weights have moved. Of a
+    network on the meta device nothing is known.
+    """
+    network = network_of(model)
+    if any(parameter.is_meta for parameter in network.parameters()):
+        return False
+    sites = list(branch_sites(network))
+    return bool(sites) and all(next(_dead(network, site), None) is not None for site in sites)
 
 
 def _dead(network: nn.Module, site: Site) -> Iterator[str]:

@@ -1,0 +1,181 @@
+"""Changing a network's depth: twice as many blocks of half the step, or fewer blocks.
+
+A stack of gated blocks ``z <- z + alpha F(z) + beta`` is Euler's method for an ordinary
+differential equation in the depth (Ma et al. 2024, arXiv 2406.13215, section 3; Chen et al. 2018).
+Two blocks with half of alpha and beta each take the same way in two steps, so what a deeper network
+computes differs by the error of one step alone. How to do it is this project's choice.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from fewstep.errors import FewstepError
+from fewstep.networks.gates.gate import Gate
+from fewstep.networks.gates.gated import backbone_of, gate_spec, gates_of, is_gated, network_of
+from fewstep.networks.gates.streams import is_compiled, watched_streams
+
+
+@dataclass(frozen=True)
+class Stack:
+    """Where a network keeps its blocks.
+
+    Attributes:
+        name: of the list of blocks, which are all alike.
+        fixed: how many of the first must stay, as the network uses parts of them elsewhere.
+        option: the constructor's argument that says how many there are.
+    """
+
+    name: str
+    fixed: int = 0
+    option: str = "num_layers"
+
+
+STACKS = {
+    # It asks its first block for the embedding that its last layer needs.
+    "DiTTransformer2DModel": Stack("transformer_blocks", fixed=1),
+    "PixArtTransformer2DModel": Stack("transformer_blocks"),
+    "LTXVideoTransformer3DModel": Stack("transformer_blocks"),
+    "WanTransformer3DModel": Stack("blocks"),
+    "VideoDiT": Stack("blocks"),
+}
+
+
+def grow(model: nn.Module) -> int:
+    """Doubles a gated network's depth, in place: each block becomes two with half of its gates.
+
+    Do so before compiling, sharding and copying it. The new blocks have weights of their own, which
+    start as those of the block they double.
+
+    Args:
+        model: a denoiser, a backbone or a network, every residual unit of which has an alpha.
+
+    Returns:
+        The new number of blocks.
+
+    Raises:
+        FewstepError: for networks whose blocks are unknown or not alike, that have been prepared
+            for training, or whose gates cannot halve a block's step.
+    """
+    network, stack = _open(model)
+    _check_halvable(model)
+    blocks = _blocks(network, stack)
+    with torch.no_grad():
+        for block in blocks:
+            for _, gate in gates_of(block):
+                _halve(gate)
+    doubled = [twin for block in blocks for twin in (block, copy.deepcopy(block))]
+    return _close(model, network, stack, doubled)
+
+
+def prune(model: nn.Module, count: int, run: Callable[[], Any]) -> list[int]:
+    """Takes away the blocks that add least to their stream, in place.
+
+    The ratio of root mean squares of what a block adds and what it is given decides, gates and
+    modulation included. It says what a block does to the stream, not how much that matters.
+
+    Args:
+        model: a denoiser, a backbone or a network, gated or not.
+        count: how many blocks go.
+        run: one forward pass of the model, on samples and times that stand for all.
+
+    Returns:
+        The numbers that the removed blocks had, in the network's order.
+
+    Raises:
+        FewstepError: for networks whose blocks are unknown or not alike, that have been prepared
+            for training, or that have too few blocks; and if ``run`` does not run the network.
+    """
+    network, stack = _open(model)
+    blocks = _blocks(network, stack)
+    if not 0 < count <= len(blocks) - max(stack.fixed, 1):
+        raise FewstepError(
+            f"{count} of the {len(blocks)} blocks of this {type(network).__name__} cannot be taken "
+            f"away; {max(stack.fixed, 1)} must stay, and at least one must go."
+        )
+    with torch.no_grad(), watched_streams(model) as streams:
+        run()
+    ratios = {norms.block: norms.ratio for norms in streams}
+    names = [f"{stack.name}.{number}" for number in range(len(blocks))]
+    if not ratios.keys() >= set(names):
+        raise FewstepError("prune: `run` must call the model that is pruned, once and as a whole.")
+    order = sorted(range(stack.fixed, len(blocks)), key=lambda number: ratios[names[number]])
+    removed = sorted(order[:count])
+    _close(model, network, stack, [b for i, b in enumerate(blocks) if i not in removed])
+    return removed
+
+
+def _open(model: nn.Module) -> tuple[nn.Module, Stack]:
+    """The network and where its blocks are, if they may be changed."""
+    network = network_of(model)
+    names = [cls.__name__ for cls in type(network).__mro__]
+    stack = next((STACKS[name] for name in names if name in STACKS), None)
+    kind, reason = type(network).__name__, None
+    if stack is None:
+        known = ", ".join(STACKS)
+        raise FewstepError(
+            f"The depth of a {kind} cannot be changed: its blocks are not one stack of blocks that "
+            f"are all alike, or are not known. It can be of {known}."
+        )
+    if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
+        reason = "is sharded"
+    elif is_compiled(network):
+        reason = "is compiled"
+    elif any(hasattr(module, "lora_A") for module in network.modules()):
+        reason = "has LoRA adapters"
+    if reason is not None:
+        raise FewstepError(
+            f"The depth of this {kind} cannot be changed, as it {reason}; change that of a network "
+            "as it was loaded."
+        )
+    return network, stack
+
+
+def _check_halvable(model: nn.Module) -> None:
+    if not is_gated(model):
+        raise FewstepError(
+            "Only a gated network can grow: it needs an alpha that halves each block's step. Add "
+            "gates first (apply_gates); with init: identity they change nothing."
+        )
+    spec = gate_spec(model)
+    if not spec.has_alpha:
+        raise FewstepError(f"Gates of mode {spec.mode} have no alpha that could be halved.")
+    if spec.include is not None or spec.exclude is not None:
+        raise FewstepError(
+            "gates.include and gates.exclude name blocks by their numbers, which change when a "
+            "network grows, and units without gates cannot be halved; gate all of them."
+        )
+
+
+def _halve(gate: nn.Module) -> None:
+    """Half of alpha, of beta and of rho's difference from 1."""
+    assert isinstance(gate, Gate)
+    for parameter in gate.parameters():
+        parameter.mul_(0.5)
+    if gate.delta is not None:
+        gate.delta.sub_(0.5)  # alpha / 2 - 1 is (alpha - 1) / 2 - 1 / 2
+
+
+def _blocks(network: nn.Module, stack: Stack) -> list[nn.Module]:
+    return list(network.get_submodule(stack.name).children())
+
+
+def _close(model: nn.Module, network: Any, stack: Stack, blocks: list[nn.Module]) -> int:
+    """Puts the blocks in, and their number into all that the network is rebuilt from."""
+    setattr(network, stack.name, nn.ModuleList(blocks))
+    number = {stack.option: len(blocks)}
+    if hasattr(network, "register_to_config"):
+        network.register_to_config(**number)
+    backbone = backbone_of(model)
+    if backbone is not None and stack.option in backbone.config:
+        backbone.config = {**backbone.config, **number}
+    elif backbone is not None:
+        backbone.config = {**backbone.config, "network": {**backbone.config["network"], **number}}
+    return len(blocks)
