@@ -107,6 +107,11 @@ class VideosWithImages(Several):
             )
         self.videos, self.images = videos, images
 
+    @property
+    def batch_size(self) -> int:
+        """Videos a batch of one device has."""
+        return self.videos.batch_size
+
     # ------------------------------------------------------------------ loaders
 
     def train_dataloader(self) -> Iterable[Batch]:

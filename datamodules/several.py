@@ -35,6 +35,11 @@ class Several(pl.LightningDataModule):
         self.sources = dict(sources)
         self.reference = self.sources[reference or next(iter(sources))]
 
+    @property
+    def batch_size(self) -> int:
+        """Most samples a batch of one device has."""
+        return max(source.batch_size for source in self.sources.values())
+
     # ------------------------------------------------------------------ set up
 
     def prepare_data(self) -> None:

@@ -205,9 +205,14 @@ class FewStepModule(BuiltRoles):
         )
 
     def _places(self, batch: Batch) -> range:
-        """Where this rank's samples are among those of all ranks."""
+        """Where this rank's samples are among those of all ranks.
+
+        Counted in whole batches, so that no two samples share a place where some ranks' are short.
+        """
         size = len(batch["sample"])
-        return range(self.global_rank * size, (self.global_rank + 1) * size)
+        data = getattr(self.trainer, "datamodule", None)
+        first = self.global_rank * max(size, getattr(data, "batch_size", size))
+        return range(first, first + size)
 
     def _encoded(self, batch: Batch, stream: str, number: int) -> Batch:
         """A batch of latents and embeddings, where the data are pixels and prompts."""

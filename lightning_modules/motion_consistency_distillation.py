@@ -136,9 +136,9 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         What the host knows costs no synchronisation, and pixels that no trajectory starts from need
         no encoding.
         """
-        world, rank, size = self.trainer.world_size, self.global_rank, len(batch["sample"])
-        tosses = numpy_generator(run_seed(), f"{stream}-mixing", number).random(world * size)
-        mine = tosses[rank * size : (rank + 1) * size] < self.generated_share
+        places = self._places(batch)
+        tosses = numpy_generator(run_seed(), f"{stream}-mixing", number).random(places.stop)
+        mine = tosses[places.start :] < self.generated_share
         known: Batch = {**batch, "pixels": batch["sample"], "generated": mine.tolist()}
         encoded = super()._encoded(known, stream, number)
         if "images" in encoded:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning.pytorch as pl
@@ -265,3 +266,21 @@ def test_an_unknown_role_cannot_sample(teacher: Callable[[], Denoiser]) -> None:
     module.configure_model()
     with pytest.raises(FewstepError, match=r"choose from \['ema', 'student'\]"):
         module.sample(torch.randn(2, 1, 8, 8), None, 2, role="teacher")
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2, 1), (8, 7, 8, 8), (8, 8, 8, 8)])
+def test_no_two_samples_of_an_update_share_their_draws(
+    sizes: tuple[int, ...], teacher: Callable[[], Denoiser], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = make("lcm", teacher)
+    module.configure_model()
+    noises = []
+    for rank, size in enumerate(sizes):
+        trainer = SimpleNamespace(datamodule=SimpleNamespace(batch_size=8))
+        monkeypatch.setattr(type(module), "trainer", trainer)
+        monkeypatch.setattr(type(module), "global_rank", rank)
+        sample = torch.zeros(size, *module.sample_shape)
+        batch: Batch = {"sample": sample, "cond": {}, "key": [""] * size}
+        noises.append(module._draws(batch, "train", 0).noise)  # type: ignore[attr-defined]
+    assert [len(noise) for noise in noises] == list(sizes)
+    assert len({tuple(row) for row in torch.cat(noises).flatten(1).tolist()}) == sum(sizes)
