@@ -102,21 +102,39 @@ class BuiltRoles(RecordedRoles):
                     "The network that the student starts from has residual gates already, which "
                     "the student has too and trains; leave out `gates`."
                 )
+            copied_from = self.provenance.get("start") or self.provenance.get("teacher")
+            if copied_from is not None and self.gates.init != "identity":
+                raise FewstepError(
+                    f"gates.init {self.gates.init} would change what the network computes that the "
+                    f"student was copied from ({copied_from['source']}), and so spoil its trained "
+                    "weights. Set gates.init: identity; other starts are for training from scratch."
+                )
             apply_gates(self.student, self.gates)
         if self.train_only == "gates":
-            if not is_gated(self.student):
-                raise FewstepError(
-                    "train_only: gates leaves nothing to train, as the student has no gates. Set "
-                    "`gates`, with a mode other than none, or train_only: all."
-                )
-            if is_asleep(self.student):
-                raise FewstepError(
-                    "train_only: gates would never train them, as no residual branch of this "
-                    "network does anything yet. Start from trained weights, or set train_only: all."
-                )
+            self._check_gates_alone()
             self.student.requires_grad_(False)
             for parameter in gate_parameters(self.student):
                 parameter.requires_grad_(True)
+
+    def _check_gates_alone(self) -> None:
+        """Refuses to train gates alone where that would train nothing, or not all that is new."""
+        if not is_gated(self.student):
+            raise FewstepError(
+                "train_only: gates leaves nothing to train, as the student has no gates. Set "
+                "`gates`, with a mode other than none, or train_only: all."
+            )
+        if is_asleep(self.student):
+            raise FewstepError(
+                "train_only: gates would never train them, as no residual branch of this network "
+                "does anything yet. Start from trained weights, or set train_only: all."
+            )
+        added = self.student.backbone.added_layer
+        if added is not None:
+            raise FewstepError(
+                f"train_only: gates leaves out '{added}', the new input for the guidance scale, "
+                "which would stay without effect. Set train_only: all, or guidance_embedding: "
+                "false."
+            )
 
     def _average_of_student(self) -> Denoiser:
         if self._shared is None:

@@ -17,7 +17,7 @@ z + alpha F(z) + beta in place of z + F(z).
 """
 
 EPILOG = """\
-  fewstep gates apply models/sd15 --init depth --skip
+  fewstep gates apply models/sd15 --init identity --alpha-shape channel
   fewstep gates report runs/digits/teacher --picture gates.png
   fewstep gates merge models/sd15 --dest models/sd15_merged
 
@@ -25,8 +25,9 @@ To merge the gates of a trained student use `fewstep export`, which does so.
 """
 
 APPLY = """\
-Put gates that change nothing, or start as --init says, beside a pipeline's network, in two files:
-rdm_gates.safetensors and rdm_gates.json. The network's own files stay as they are.
+Put gates that change nothing beside a pipeline's network, in two files: rdm_gates.safetensors and
+rdm_gates.json. The network's own files stay as they are. Starts other than --init identity would
+spoil trained weights; they belong in `gates:` of an experiment that trains from scratch.
 """
 MERGE = """\
 Write a pipeline's folder with the gates merged into the weights: W <- alpha W, b <- alpha b + beta.
@@ -122,7 +123,8 @@ def _add_gate_options(parser: argparse.ArgumentParser) -> None:
         "--init",
         choices=["identity", "depth", "ode", "zero"],
         default="identity",
-        help="alpha starts at 1 (default), 1/sqrt(n), 1/n or 0, with n residual branches",
+        help="alpha starts at 1 (identity, the default); others are refused, as they would spoil "
+        "trained weights",
     )
     parser.add_argument("--skip", action="store_true", help="gate a U-Net's long skips too")
     parser.add_argument(

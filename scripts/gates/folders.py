@@ -18,6 +18,7 @@ from fewstep.networks.gates import (
     merge_gates,
     save_gates,
 )
+from fewstep.networks.loading import find_checkpoint
 from fewstep.networks.pipelines import load_network
 from scripts.export.folder import new_folder, write_network
 
@@ -29,10 +30,16 @@ def apply(pipeline: Path, spec: ResidualGates, overwrite: bool = False) -> GateT
         The gates, to be printed.
 
     Raises:
-        FewstepError: if it is no pipeline's folder, has gates that may not be replaced, or nothing
-            in it can be gated so.
+        FewstepError: if it is no pipeline's folder, has gates that may not be replaced, nothing in
+            it can be gated so, or the gates would change what its trained network computes.
     """
     family = family_of(pipeline)
+    if spec.init != "identity":
+        raise FewstepError(
+            f"--init {spec.init} would change what its trained network computes: alpha would start "
+            f"elsewhere than at 1 and spoil what '{pipeline / family.part}' has learnt. Leave it "
+            "out. Such a start belongs in `gates:` of an experiment that trains from scratch."
+        )
     if has_gates(pipeline / family.part) and not overwrite:
         raise FewstepError(
             f"'{pipeline / family.part}' has gates already; add --overwrite to replace them."
@@ -54,9 +61,16 @@ def merge(pipeline: Path, dest: Path) -> int:
         How many gates were merged.
 
     Raises:
-        FewstepError: if there are none, some cannot be merged, or the folder is taken.
+        FewstepError: if there are none, some cannot be merged, or the folder is taken or lies
+            within the pipeline's.
     """
+    _check_no_run(pipeline)
     family = family_of(pipeline)
+    if dest.resolve().is_relative_to(pipeline.resolve()):
+        raise FewstepError(
+            f"'{dest}' lies within '{pipeline}', and would be copied into itself; give another "
+            "--dest."
+        )
     part = pipeline / family.part
     network = load_network(pipeline, family)
     load_gates(network, part)
@@ -73,3 +87,17 @@ def merge(pipeline: Path, dest: Path) -> int:
         (folder / "model_index.json").write_text(text, encoding="utf-8")
         write_network(network, folder / family.part, half=False)
     return len(merged)
+
+
+def _check_no_run(source: Path) -> None:
+    """Refuses what fewstep has trained, whose gates another command merges."""
+    if (source / "model_index.json").is_file():
+        return
+    try:
+        find_checkpoint(source)
+    except FewstepError:
+        return
+    raise FewstepError(
+        f"'{source}' is no pipeline's folder but what fewstep has trained; `fewstep export "
+        f"{source} --dest FOLDER` merges its gates into the weights that it writes."
+    )

@@ -15,11 +15,12 @@ from torch import nn
 from fewstep.diffusion import Denoiser
 from fewstep.errors import FewstepError
 from fewstep.networks.folders import family_of, find_folder, read_configs, read_json
+from fewstep.networks.gates import ResidualGates
 from fewstep.networks.loading import METADATA_KEY, find_checkpoint, read_checkpoint
 from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of, read_null
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder
 from fewstep.networks.text import TextEncoding
-from fewstep.spec import Spec
+from fewstep.spec import Spec, describe
 from lightning_modules import FewStepModule, Pretrained
 from lightning_modules.preparation import check_precision
 from lightning_modules.roles import is_pipeline
@@ -156,11 +157,21 @@ def _experiment_name(source: str) -> str:
 
 
 def _described_in(file: Path) -> Spec:
-    """The denoiser that an experiment trains."""
+    """The denoiser that an experiment trains, with the gates that it adds."""
     options: dict[str, Any] = {}
     for part in with_defaults(file):
         model = (yaml.safe_load(part.read_text()) or {}).get("model") or {}
         options |= model.get("init_args") or {}
+    spec, gates = _ungated_in(options, file), options.get("gates")
+    if not gates:
+        return spec
+    backbone = spec["backbone"]
+    changes = [*backbone.get("changes", ()), describe(ResidualGates(**gates))]
+    return {**spec, "backbone": {**backbone, "changes": changes}}
+
+
+def _ungated_in(options: dict[str, Any], file: Path) -> Spec:
+    """The denoiser that a method with these options starts from."""
     if "backbone" in options:
         return _completed(
             {
@@ -170,15 +181,15 @@ def _described_in(file: Path) -> Spec:
                 "alpha_floor": 0.0,
             }
         )
-    teacher = options.get("teacher")
-    if isinstance(teacher, str) and is_pipeline(teacher):
-        return _outlined(Pretrained(teacher))
-    if isinstance(teacher, str):
-        return architecture_of(teacher)[0]
-    if isinstance(teacher, dict) and teacher.get("class_path", "").endswith("Pretrained"):
-        return _outlined(Pretrained(**teacher["init_args"]))
-    if isinstance(teacher, dict) and "backbone" in teacher.get("init_args", {}):
-        return _completed({"alpha_floor": 0.0, **teacher["init_args"]})
+    source = options.get("start") or options.get("teacher")
+    if isinstance(source, str) and is_pipeline(source):
+        return _outlined(Pretrained(source))
+    if isinstance(source, str):
+        return architecture_of(source)[0]
+    if isinstance(source, dict) and source.get("class_path", "").endswith("Pretrained"):
+        return _outlined(Pretrained(**source["init_args"]))
+    if isinstance(source, dict) and "backbone" in source.get("init_args", {}):
+        return _completed({"alpha_floor": 0.0, **source["init_args"]})
     raise FewstepError(f"'{file}' does not say what network it trains.")
 
 

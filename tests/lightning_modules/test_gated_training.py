@@ -29,6 +29,7 @@ from lightning_modules.parallel import units_of
 from scripts.main import run as fewstep
 
 from ranks import run_ranks
+from tiny_pipelines import save_stable_diffusion
 from training_runs import (
     GATES,
     assert_same_run,
@@ -133,6 +134,30 @@ def test_options_that_contradict_each_other_are_refused(
 ) -> None:
     with pytest.raises(FewstepError, match=complaint):
         make().configure_model()
+
+
+@pytest.mark.parametrize("init", ["depth", "ode", "zero"])
+@pytest.mark.parametrize("name", ["lcm", "apt", "goes on"])
+def test_gates_that_would_spoil_what_a_student_was_copied_from_are_refused(
+    name: str, init: Any
+) -> None:
+    gates = ResidualGates(init=init)
+    module = (
+        DiffusionTraining(start=teacher, gates=gates)
+        if name == "goes on"
+        else method(name, gates=gates)
+    )
+    with pytest.raises(FewstepError, match=f"gates.init {init} would change what .* copied from"):
+        module.configure_model()
+
+
+def test_a_guidance_input_that_gates_alone_would_never_train_is_refused(tmp_path: Path) -> None:
+    base = str(save_stable_diffusion(tmp_path / "sd"))
+    options: dict[str, Any] = {"guidance_range": (2.0, 3.0), "guidance_embedding": True}
+    made = ConsistencyDistillation(base, gates=ResidualGates(), train_only="gates", **options)
+    with pytest.raises(FewstepError, match=r"'time_embedding.cond_proj'.* without effect"):
+        made.configure_model()
+    ConsistencyDistillation(base, gates=ResidualGates(), **options).configure_model()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

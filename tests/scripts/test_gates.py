@@ -79,10 +79,10 @@ def test_applied_gates_are_there_whenever_the_folder_is_read(
     assert measured.state_dict().keys() == wanted.keys()
     with pytest.raises(FewstepError, match="add --overwrite to replace them"):
         run(["gates", "apply", str(pipeline)])
-    options = ["--mode", "full", "--level", "block", "--init", "depth", "--exclude", "blocks.0"]
+    options = ["--mode", "full", "--level", "block", "--exclude", "blocks.0"]
     run(["gates", "apply", str(pipeline), "--overwrite", *options])
     (gate,) = [gate for _, gate in gates_of(loaded(pipeline).denoiser)]
-    assert 1 + gate.get_parameter("delta").item() == pytest.approx(2**-0.5)
+    assert gate.get_parameter("kappa").item() == 0
 
 
 def test_gates_beside_weights_in_half_precision_hide_them_not(
@@ -152,10 +152,38 @@ def test_what_cannot_be_done_is_said(pipeline: Path, tmp_path: Path) -> None:
         (["merge", str(pipeline), "--dest", str(tmp_path / "a")], "as `fewstep gates apply`"),
         (["report", str(pipeline)], "as `fewstep gates apply`"),
         (["apply", str(tmp_path)], "is no folder of a diffusers pipeline"),
+        (["merge", str(tmp_path), "--dest", "a"], "is no folder of a diffusers pipeline"),
     ):
         with pytest.raises(FewstepError, match=told):
             run(["gates", *arguments])
     assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize("init", ["depth", "ode", "zero"])
+def test_gates_that_would_spoil_trained_weights_are_refused(pipeline: Path, init: str) -> None:
+    with pytest.raises(FewstepError, match=r"would change what its trained .* from scratch"):
+        run(["gates", "apply", str(pipeline), "--init", init])
+    assert not (pipeline / "transformer" / "rdm_gates.json").exists()
+
+
+@pytest.mark.parametrize("inside", ["merged", "transformer/merged"])
+def test_a_pipeline_is_not_merged_into_its_own_folder(
+    pipeline: Path, inside: str, tmp_path: Path
+) -> None:
+    run(["gates", "apply", str(pipeline)])
+    source = Path(shutil.copytree(pipeline, tmp_path / "source"))
+    with pytest.raises(FewstepError, match="lies within"):
+        run(["gates", "merge", str(source), "--dest", str(source / inside)])
+    assert sorted(p.name for p in source.rglob("*")) == sorted(p.name for p in pipeline.rglob("*"))
+
+
+def test_to_merge_the_gates_of_a_run_it_is_exported(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    for source in (tmp_path / "run", checkpoint):
+        with pytest.raises(FewstepError, match=f"`fewstep export {source}"):
+            run(["gates", "merge", str(source), "--dest", str(tmp_path / "a")])
 
 
 @pytest.mark.parametrize("action", [[], ["apply"], ["merge"], ["report"]])
@@ -166,3 +194,4 @@ def test_help_tells_what_there_is(action: list[str], capsys: pytest.CaptureFixtu
     told = capsys.readouterr().out
     assert (action or ["apply"])[0] in told
     assert max(map(len, told.splitlines())) <= 100
+    assert "--init depth" not in told

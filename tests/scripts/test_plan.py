@@ -22,6 +22,7 @@ from datamodules.fields import Caption, Images
 from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks import DiT
+from fewstep.networks.gates import ResidualGates, gate_spec
 from fewstep.networks.pipelines import load_denoiser_of
 from lightning_modules import (
     ConsistencyDistillation,
@@ -313,6 +314,26 @@ def test_a_teacher_is_read_from_its_checkpoint_without_weights(here: Path) -> No
     _, note = architecture_of("runs/digits/lcm")
     assert note is not None
     assert "no checkpoint yet" in note
+
+
+@pytest.mark.parametrize("trains", ["backbone", "teacher", "start"])
+def test_the_gates_of_a_teacher_yet_to_be_trained_are_planned(trains: str, here: Path) -> None:
+    network = {
+        "backbone": {"class_path": "fewstep.networks.DiT", "init_args": {"sample_size": 8}},
+        "schedule": {"class_path": "fewstep.diffusion.VPSchedule"},
+    }
+    network["backbone"]["init_args"] |= {"channels": 1, "num_layers": 1}
+    teacher = {"class_path": "fewstep.diffusion.Denoiser", "init_args": network}
+    options: dict[str, Any] = network if trains == "backbone" else {trains: teacher}
+    file = here / "experiments" / "gated.yaml"
+    file.parent.mkdir()
+    gates = {"mode": "alpha", "level": "block"}
+    file.write_text(json.dumps({"model": {"init_args": {**options, "gates": gates}}}))
+    spec, _ = architecture_of("runs/gated")
+    planned = Denoiser.from_spec({"prediction_type": "epsilon", **spec})
+    assert gate_spec(planned) == ResidualGates(mode="alpha", level="block")
+    file.write_text(json.dumps({"model": {"init_args": {**options, "gates": None}}}))
+    assert "changes" not in architecture_of("runs/gated")[0]["backbone"]
 
 
 def test_a_teacher_nobody_knows_is_one_message(

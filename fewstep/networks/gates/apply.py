@@ -40,12 +40,10 @@ class Plan:
 
     Attributes:
         sites: the units that get gates.
-        known: all units of the network at that level.
         skips: the long skips that get gates.
     """
 
     sites: list[Site]
-    known: list[Site]
     skips: list[SkipSite]
 
 
@@ -71,7 +69,7 @@ def apply_gates(model: nn.Module, spec: ResidualGates) -> GateTable:
         check_alive(network, plan.sites)
     gates = _hang_all(model, spec, plan)
     units = [(site, gate) for site, gate in gates if isinstance(site, Site)]
-    set_starts([(s, g) for s, g in units if isinstance(g, Gate)], plan.known, spec.init)
+    starts = set_starts([(s, g) for s, g in units if isinstance(g, Gate)], spec.init)
     rows = (
         Row(
             f"{site.name}.{site.gate}",
@@ -81,7 +79,7 @@ def apply_gates(model: nn.Module, spec: ResidualGates) -> GateTable:
         )
         for site, gate in gates
     )
-    return GateTable(spec, tuple(rows))
+    return GateTable(spec, tuple(rows), starts)
 
 
 def install(model: nn.Module, spec: ResidualGates) -> None:
@@ -98,8 +96,8 @@ def install(model: nn.Module, spec: ResidualGates) -> None:
 def _plan(model: nn.Module, spec: ResidualGates) -> Plan:
     network = network_of(model)
     _check_plain(model, network)
-    sites, known = ([], []) if spec.mode == "none" else find_sites(network, spec)
-    return Plan(sites, known, find_skips(network) if spec.skip else [])
+    sites = [] if spec.mode == "none" else find_sites(network, spec)
+    return Plan(sites, find_skips(network) if spec.skip else [])
 
 
 def _check_plain(model: nn.Module, network: nn.Module) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -25,22 +26,28 @@ def save_gates(model: nn.Module, folder: str | Path) -> Path:
     """Writes a network's gates and their options.
 
     Args:
-        model: a denoiser, a backbone or a network; of a sharded one every rank takes part.
-        folder: gets both files, such as the network's own folder in a pipeline.
+        model: a denoiser, a backbone or a network; of a sharded one every rank takes part, and of
+            several ranks the first one writes.
+        folder: gets both files, such as the network's own folder in a pipeline. The options come
+            last, so that there are gates only when they are whole.
 
     Returns:
-        The file of the gates.
+        The file of the gates; it is there once the first rank has returned.
 
     Raises:
         FewstepError: if it has none.
     """
     spec, folder = gate_spec(model), Path(folder)
     tensors = gate_tensors(model)
+    if dist.is_initialized() and dist.get_rank() > 0:
+        return folder / WEIGHTS
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{WEIGHTS}.partial"
-    save_file(tensors, partial, {"format": "pt"})
-    (folder / OPTIONS).write_text(json.dumps(spec.config, indent=2) + "\n", encoding="utf-8")
-    return partial.replace(folder / WEIGHTS)
+    weights, options = (folder / f"{name}.partial" for name in (WEIGHTS, OPTIONS))
+    save_file(tensors, weights, {"format": "pt"})
+    options.write_text(json.dumps(spec.config, indent=2) + "\n", encoding="utf-8")
+    weights.replace(folder / WEIGHTS)
+    options.replace(folder / OPTIONS)
+    return folder / WEIGHTS
 
 
 def load_gates(model: nn.Module, folder: str | Path) -> ResidualGates:

@@ -113,7 +113,7 @@ class Gate(KeptInFloat32):
             return None
         alpha = 1 + self.delta
         if self.delta_of_time is not None:
-            alpha = alpha + needed_features().to(alpha.dtype) @ self.delta_of_time
+            alpha = alpha + _of_time(self.delta_of_time)
         return self._spread(alpha, like)
 
     def _beta(self, like: Tensor) -> Tensor | None:
@@ -121,7 +121,7 @@ class Gate(KeptInFloat32):
             return None
         beta: Tensor = self.beta
         if self.beta_of_time is not None:
-            beta = beta + needed_features().to(beta.dtype) @ self.beta_of_time
+            beta = beta + _of_time(self.beta_of_time)
         return self._spread(beta, like)
 
     def _spread(self, value: Tensor, like: Tensor) -> Tensor:
@@ -133,6 +133,14 @@ class Gate(KeptInFloat32):
             value = value.repeat_interleave(len(like) // len(value), dim=0)
             shape[0] = len(value)
         return value.to(like.dtype).reshape(shape)
+
+
+def _of_time(weight: Tensor) -> Tensor:
+    """What the features of each sample's time make of a weight ``(K, C)``: ``(B, C)``.
+
+    A sum of products, which unlike a matrix product autocast leaves in the weight's precision.
+    """
+    return (needed_features().to(weight.dtype)[:, :, None] * weight).sum(dim=1)
 
 
 def _laid_out_as(output: Tensor, stream: Tensor) -> Tensor:

@@ -74,11 +74,11 @@ class SkipSite:
     gate: str = SKIP_GATE
 
 
-def find_sites(network: nn.Module, spec: ResidualGates) -> tuple[list[Site], list[Site]]:
-    """The units to gate, and all that are known at that level, in the network's order.
+def find_sites(network: nn.Module, spec: ResidualGates) -> list[Site]:
+    """The units to gate, in the network's order.
 
     Raises:
-        FewstepError: if there are none, or a pattern is in no name.
+        FewstepError: if there are none, a pattern is in no name, or a gate would never be called.
     """
     known = list(branch_sites(network) if spec.level == "branch" else block_sites(network))
     chosen = known
@@ -97,7 +97,24 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> tuple[list[Site], lis
             f"'{spec.level}'. {_some(known)} Change gates.include or gates.exclude, or let its "
             "blocks say `residual_branches` and `residual_stream`."
         )
-    return left, known
+    if spec.level == "branch":
+        _check_called(network, left)
+    return left
+
+
+def _check_called(network: nn.Module, sites: list[Site]) -> None:
+    """Refuses layers whose weights are read without calling them, so that no hook of theirs runs.
+
+    Their gates would have no effect, until they were merged into the weights.
+    """
+    for site in sites:
+        parent = network.get_submodule(site.name.rpartition(".")[0])
+        if isinstance(parent, nn.MultiheadAttention):
+            raise FewstepError(
+                f"A gate on '{site.name}' would have no effect: torch's MultiheadAttention reads "
+                "the weights of this layer without calling it. Leave it out with gates.exclude, or "
+                "gate whole blocks (gates.level: block)."
+            )
 
 
 def branch_sites(network: nn.Module) -> Iterator[Site]:

@@ -32,8 +32,9 @@ class ResidualGates(Change):
             knows the stream, which rho needs.
         alpha_shape: one alpha a gate, or one a channel.
         init: where alpha starts: ``identity`` at 1; ``depth`` at ``1 / sqrt(n)`` for ``n`` gated
-            units, for training from scratch without adaLN-Zero; ``ode`` at ``1 / n``, the step of
-            an Euler solver; ``zero`` at 0 (ReZero, Bachlechner et al. 2020).
+            units that add to the same stream, for training from scratch without adaLN-Zero; ``ode``
+            at ``1 / n``, the step of an Euler solver; ``zero`` at 0 (ReZero, Bachlechner et al.
+            2020). All but the first would spoil trained weights.
         skip: whether the long skips of U-shaped networks get gates too: ``(1 + sigma) skip``. A
             resnet block whose norm has groups of the skip's channels alone sees such a factor in
             its shortcut only.

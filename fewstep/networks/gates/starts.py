@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,7 @@ TABLE = "scale_shift_table"
 
 
 def start(policy: Init, units: int) -> float:
-    """Alpha's first value in a stack of so many units that add to one stream.
+    """Alpha's first value in a stack of so many gated units that add to one stream.
 
     ``depth`` keeps the variance of a sum of independent branches, and of their gradients, free of
     the depth: ``sum alpha^2 = 1``. ``ode`` is the step of Euler's method over unit time.
@@ -29,18 +29,22 @@ def start(policy: Init, units: int) -> float:
 
 
 @torch.no_grad()
-def set_starts(gates: Iterable[tuple[Site, Gate]], known: Iterable[Site], policy: Init) -> None:
+def set_starts(gates: Sequence[tuple[Site, Gate]], policy: Init) -> tuple[float, ...]:
     """Sets alpha of each gate.
 
     Args:
-        gates: the gates and where they are.
-        known: all units of the network, gated or not.
+        gates: all gates of units, and where they are.
         policy: see :class:`~fewstep.networks.gates.spec.ResidualGates`.
+
+    Returns:
+        The values that alpha starts at, in rising order.
     """
-    units = Counter(site.side for site in known)
+    units = Counter(site.side for site, _ in gates)
+    starts = {side: start(policy, count) for side, count in units.items()}
     for site, gate in gates:
         if gate.delta is not None:
-            gate.delta.fill_(start(policy, max(1, units[site.side])) - 1)
+            gate.delta.fill_(starts[site.side] - 1)
+    return tuple(sorted(set(starts.values())))
 
 
 def check_alive(network: nn.Module, sites: Iterable[Site]) -> None:

@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fewstep.errors import FewstepError
 from fewstep.networks.gates.gate import Gate
 from fewstep.networks.gates.gated import backbone_of, gate_spec, gates_of, is_gated, network_of
+from fewstep.networks.gates.spec import ResidualGates
 from fewstep.networks.gates.streams import is_compiled, watched_streams
 
 
@@ -91,9 +92,12 @@ def prune(model: nn.Module, count: int, run: Callable[[], Any]) -> list[int]:
 
     Raises:
         FewstepError: for networks whose blocks are unknown or not alike, that have been prepared
-            for training, or that have too few blocks; and if ``run`` does not run the network.
+            for training, whose gates were chosen by name, or that have too few blocks; and if
+            ``run`` does not run the network.
     """
     network, stack = _open(model)
+    if is_gated(model):
+        _check_all_chosen(gate_spec(model), "loses blocks")
     blocks = _blocks(network, stack)
     if not 0 < count <= len(blocks) - max(stack.fixed, 1):
         raise FewstepError(
@@ -147,10 +151,15 @@ def _check_halvable(model: nn.Module) -> None:
     spec = gate_spec(model)
     if not spec.has_alpha:
         raise FewstepError(f"Gates of mode {spec.mode} have no alpha that could be halved.")
+    _check_all_chosen(spec, "grows, and units without gates cannot be halved")
+
+
+def _check_all_chosen(spec: ResidualGates, change: str) -> None:
+    """Refuses gates in places that a network of another depth would not be rebuilt with."""
     if spec.include is not None or spec.exclude is not None:
         raise FewstepError(
             "gates.include and gates.exclude name blocks by their numbers, which change when a "
-            "network grows, and units without gates cannot be halved; gate all of them."
+            f"network {change}; gate all of them, or merge the gates first."
         )
 
 

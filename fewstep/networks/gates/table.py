@@ -26,10 +26,12 @@ class GateTable:
     Attributes:
         spec: their options.
         rows: the units' gates in the network's order, then those of the long skips.
+        starts: the values that alpha starts at; more than one where there is more than one stream.
     """
 
     spec: ResidualGates
     rows: tuple[Row, ...]
+    starts: tuple[float, ...] = ()
 
     @property
     def parameters(self) -> int:
@@ -50,7 +52,9 @@ class GateTable:
         """How many gates there are, and which."""
         spec = self.spec
         skips = ", long skips too" if spec.skip else ""
+        alphas = " and ".join(f"{alpha:.4g}" for alpha in self.starts)
+        init = spec.init if spec.init == "identity" else f"{spec.init} (alpha {alphas})"
         return (
             f"{len(self.rows)} gates with {self.parameters:,} parameters: mode {spec.mode} at the "
-            f"{spec.level} level, init {spec.init}{skips}."
+            f"{spec.level} level, init {init}{skips}."
         )

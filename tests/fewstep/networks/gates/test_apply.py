@@ -270,6 +270,34 @@ def test_what_is_gated_compiled_or_unknown_is_refused(tiny: Tinies) -> None:
         )
 
 
+class Attending(nn.Module):
+    """A block with torch's own attention, and one more layer."""
+
+    residual_branches = ("attention.out_proj", "last")
+    residual_stream = "z"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        z = z + self.attention(z, z, z)[0]
+        return z + self.last(z)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_layer_that_is_read_and_never_called_is_refused(known: bool) -> None:
+    network: nn.Module = nn.Sequential(Attending() if known else nn.MultiheadAttention(4, 2))
+    include = None if known else ["out_proj"]
+    with pytest.raises(FewstepError, match=r"out_proj'.* weights .* without calling"):
+        apply_gates(network, ResidualGates(include=include))
+    assert not is_gated(network)
+    if known:
+        apply_gates(network, ResidualGates(exclude=["out_proj"]))
+        assert [name for name, _ in gates_of(network)] == ["0.last.rdm_gate"]
+
+
 def test_options_come_from_yaml() -> None:
     parser = jsonargparse.ArgumentParser(exit_on_error=False)
     parser.add_argument("--gates", type=ResidualGates | None, default=None)

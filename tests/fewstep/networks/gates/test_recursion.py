@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion import VPSchedule
 from fewstep.networks.gates import ResidualGates, apply_gates, gates_of
-from fewstep.networks.gates.time import time_features
+from fewstep.networks.gates.time import at, time_features
 
 WIDTH = 6
 
@@ -243,6 +243,12 @@ def test_time_conditioned_gates_depend_on_each_samples_own_time() -> None:
     assert (together[0] - together[1]).abs().max() > 0.01
     folded = network(z.repeat_interleave(2, dim=0), t)  # two frames a sample
     torch.testing.assert_close(folded, together.repeat_interleave(2, dim=0))
+    with torch.autocast("cpu", torch.bfloat16):  # gates compute in full precision all the same
+        (gate,) = [gate for _, gate in gates_of(network)]
+        with at(time_features(t)):
+            found = [gate._alpha(z), gate._beta(z)]
+    with at(time_features(t)):
+        assert all(map(torch.equal, found, [gate._alpha(z), gate._beta(z)]))
     features = time_features(torch.arange(0.0, 1000.0))
     assert features.abs().max() <= 1
     assert torch.pdist(features).min() > 0.1  # no two times look alike

@@ -39,11 +39,27 @@ def test_alpha_starts_by_the_number_of_branches(
     assert sorted(found) == pytest.approx(sorted(alphas))
 
 
-def test_depth_counts_the_branches_that_are_not_gated_too(tiny: Tinies) -> None:
+@pytest.mark.parametrize("chosen", [{"exclude": ["attn"]}, {"include": ["norm1.linear"]}])
+def test_depth_counts_what_is_gated_whether_it_is_known_or_not(
+    chosen: dict[str, Any], tiny: Tinies
+) -> None:
     network = tiny("dit").network
-    apply_gates(network, ResidualGates(init="depth", exclude=["attn"]))
+    table = apply_gates(network, ResidualGates(init="depth", **chosen))
     for _, gate in gates_of(network):
-        assert gate.get_parameter("delta").item() == pytest.approx(4**-0.5 - 1)
+        assert gate.get_parameter("delta").item() == pytest.approx(2**-0.5 - 1)
+    assert "init depth (alpha 0.7071)." in str(table)
+
+
+def test_layers_of_a_network_without_known_blocks_are_counted_too() -> None:
+    network = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    table = apply_gates(network, ResidualGates(init="ode", include=[r"^\d$"]))
+    assert {1 + gate.get_parameter("delta").item() for _, gate in gates_of(network)} == {0.25}
+    assert "init ode (alpha 0.25)." in str(table)
+
+
+def test_the_table_says_where_alpha_starts_on_either_side(tiny: Tinies) -> None:
+    table = apply_gates(tiny("sd3").network, ResidualGates(init="ode"))
+    assert "init ode (alpha 0.2 and 0.5)." in str(table)
 
 
 def zeroed(*parts: str) -> Callable[[nn.Module], None]:

@@ -204,6 +204,14 @@ def test_networks_that_cannot_grow_are_refused(
         grow(make())
 
 
+@pytest.mark.parametrize("chosen", [{"include": ["blocks.1"]}, {"exclude": ["blocks.0"]}])
+def test_blocks_that_gates_name_by_number_are_not_pruned(chosen: dict[str, Any]) -> None:
+    model = _gated(**chosen)
+    with pytest.raises(FewstepError, match="name blocks by their numbers"):
+        prune(model, 1, lambda: raw(model))
+    assert len(blocks_of(model)) == 2
+
+
 def test_stacks_of_unlike_blocks_are_refused(family: str, tiny: Tinies) -> None:
     it = tiny(family)
     if any(cls.__name__ in STACKS for cls in type(it.network).__mro__):
