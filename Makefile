@@ -13,7 +13,7 @@ demo-video: $(STAMP)  ## the same with videos, LCM and MCM: runs/demo_video/repo
 	$(BIN)/fewstep demo moving_digits
 
 test: $(STAMP) lint  ## lint, types, import directions, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --durations=10 -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --durations=25 -n 2 --dist loadfile
 
 test-slow: $(STAMP)  ## end-to-end checks that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --durations=20 -n 2 --dist loadfile $(OPTIONS)
