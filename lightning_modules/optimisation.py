@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
-from typing import Literal, Self
+from typing import Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -31,7 +31,10 @@ class Draws:
         return cls(**{name: torch.cat([getattr(part, name) for part in parts]) for name in names})
 
 
-def in_blocks(rows: range, draw: Callable[[int], Draws]) -> Draws:
+D = TypeVar("D", bound=Draws)
+
+
+def in_blocks(rows: range, draw: Callable[[int], D]) -> D:
     """Draws of some of the samples of all ranks' batches.
 
     Blocks of samples are drawn, each with a generator of its own. So what is drawn for a sample

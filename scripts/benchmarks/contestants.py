@@ -18,6 +18,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
+from fewstep.batches import in_shape_of
 from fewstep.contracts import Batch
 from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.networks import DiT
@@ -28,6 +29,7 @@ from lightning_modules import (
     FewStepModule,
     PhasedConsistencyDistillation,
 )
+from lightning_modules.optimisation import BLOCK, in_blocks
 from lightning_modules.parallel import ReplicatedStrategy, ShardedStrategy
 from lightning_modules.phased_consistency_distillation import PhasedDraws
 from lightning_modules.roles import run_seed
@@ -207,9 +209,13 @@ def plain_step(module: PhasedConsistencyDistillation, case: Case, rank: int) -> 
     """A step of the hand-written loop on what :func:`plain_module` made."""
 
     def draw(batch: Batch, update: int) -> PhasedDraws:
-        return module.draw(
-            batch, torch_generator(run_seed(), "train", update, rank, device=module.device)
-        )
+        size, shape = len(batch["sample"]), in_shape_of(batch, BLOCK)
+
+        def block(number: int) -> PhasedDraws:
+            seeds = run_seed(), "train", update, number
+            return module.draw(shape, torch_generator(*seeds, device=module.device))
+
+        return in_blocks(range(rank * size, (rank + 1) * size), block)
 
     low = torch.bfloat16 if case.precision == "bf16-mixed" else None
     return straightforward_step(module, draw, low)

@@ -17,9 +17,15 @@ from ranks import run_ranks
 from training_runs import run, trained
 
 
-@pytest.mark.parametrize("accumulate", [1, 4])
 @pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm", "apt"])
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("kind", "accumulate"),
+    [
+        *(("ddp", 1), ("fsdp", 4)),
+        pytest.param("ddp", 4, marks=pytest.mark.slow),
+        pytest.param("fsdp", 1, marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_train_as_one_device_does(kind: str, name: str, accumulate: int) -> None:
     ((alone, losses, _),) = trained(1, "single", name, accumulate=accumulate)
     first, second = trained(2, kind, name, accumulate=accumulate)

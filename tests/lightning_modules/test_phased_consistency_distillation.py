@@ -129,6 +129,7 @@ def test_a_tabular_student_reaches_the_composition_of_the_teachers_steps(
     assert distil_tabular(num_phases) < 1e-5
 
 
+@pytest.mark.slow
 def test_one_edge_moved_by_one_grid_step_is_seen(float64: None) -> None:
     assert distil_tabular(8, shift_edge=True) > 1e-3
 

@@ -38,11 +38,16 @@ def digits() -> list[np.ndarray[Any, Any]]:
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
+    features = {"class_path": "fewstep.metrics.DigitClassifierFeatures"}
+    metric = {"class_path": "fewstep.metrics.FrechetDistance", "init_args": {"features": features}}
+    evaluation = {"class_path": "callbacks.Evaluation", "init_args": {"metrics": [metric]}}
+    config = {"trainer": {"callbacks": [evaluation]}}
+    (tmp_path / "one_metric.yaml").write_text(json.dumps(config))
     return tmp_path
 
 
 def measured(*arguments: str) -> list[dict[str, Any]]:
-    run(["evaluate", "-c", "digits/lcm", *arguments])
+    run(["evaluate", "-c", "digits/lcm", "-c", "one_metric.yaml", *arguments])
     (path,) = Path("runs").rglob("results.json")
     found: list[dict[str, Any]] = json.loads(path.read_text())["measurements"]
     return found

@@ -249,6 +249,7 @@ def test_a_precision_that_methods_refuse_is_not_planned() -> None:
         plan_of(small(), Digits(), precision="bf16-true")
 
 
+@pytest.mark.slow
 def test_sharding_divides_all_but_a_block_and_replication_nothing() -> None:
     alone, replicas = plan_of(small(), Digits()), plan_of(small(), Digits(), devices=4)
     shards = plan_of(small(), Digits(), devices=4, strategy="fsdp2")
@@ -268,6 +269,7 @@ def test_sharding_divides_all_but_a_block_and_replication_nothing() -> None:
     assert shards.samples == replicas.samples == 4 * alone.samples
 
 
+@pytest.mark.slow
 def test_text_whose_null_condition_is_zeros_has_a_known_shape(tmp_path: Path) -> None:
     """SDXL: its unconditional branch gets zeros, so no text encoder says how long text is."""
     base = save_stable_diffusion_xl(tmp_path / "sdxl")
