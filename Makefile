@@ -3,6 +3,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadfile
+# Planning starts threads of autograd, and a process with these cannot be forked into ranks.
+PLANS := $(wildcard tests/scripts/test_plan*.py)
+NOT_PLANS := $(PLANS:%=--ignore=%)
 
 .PHONY: demo demo-video test test-slow lint format setup clean
 
@@ -13,10 +17,12 @@ demo-video: $(STAMP)  ## the same with videos, LCM and MCM: runs/demo_video/repo
 	$(BIN)/fewstep demo moving_digits
 
 test: $(STAMP) lint  ## lint, types, import directions, tests
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m "not slow" --durations=25 -n 2 --dist loadfile
+	$(PYTEST) -m "not slow" --durations=25 $(NOT_PLANS)
+	$(PYTEST) -m "not slow" $(PLANS)
 
 test-slow: $(STAMP)  ## end-to-end checks that take minutes
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow --durations=20 -n 2 --dist loadfile $(OPTIONS)
+	$(PYTEST) -m slow --durations=20 $(NOT_PLANS) $(OPTIONS)
+	$(PYTEST) -m slow $(PLANS) $(OPTIONS)
 
 lint: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -26,7 +26,6 @@ from fewstep.networks.gates import (
 from fewstep.networks.lora import LoRA
 from lightning_modules import ConsistencyDistillation, DiffusionTraining, FewStepModule
 from lightning_modules.parallel import units_of
-from scripts.main import run as fewstep
 
 from ranks import run_ranks
 from tiny_pipelines import save_stable_diffusion
@@ -237,16 +236,6 @@ def test_a_checkpoint_of_other_gates_is_refused(tmp_path: Path) -> None:
     again = trainer_of("single", 1, 2)
     with pytest.raises(FewstepError, match="of another experiment"):
         again.fit(other, data_for("gated"), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-
-
-@pytest.mark.parametrize("init", ["ode", "zero"])
-def test_gates_can_be_set_in_an_experiment_and_planned(
-    init: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    options = ["--model.gates.mode=alpha", f"--model.gates.init={init}", "--model.gates_lr=2"]
-    fewstep(["plan", "-c", "digits/teacher", *options])
-    assert "student" in capsys.readouterr().out
 
 
 def test_training_from_trained_gates_goes_on_with_them(tmp_path: Path) -> None:
