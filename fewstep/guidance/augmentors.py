@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fewstep.colours import recoloured
 from fewstep.errors import FewstepError
 
 
@@ -104,20 +105,13 @@ class DiffAugment(Augmentor):
                 "Use Identity or Gaussian smoothing."
             )
         spread = 2 * uniform - 1
-        x = self._warp(self._colour(x, spread), spread)
+        x = recoloured(x, spread[:, :3], self.brightness, self.saturation, self.contrast)
+        x = self._warp(x, spread)
         if self.cutout:
             x = torch.where(self._hole(x, uniform), 0.0, x)
         if self.joint and target is not None:
             target = self._warp(target, spread)
         return x, target
-
-    def _colour(self, x: Tensor, spread: Tensor) -> Tensor:
-        brighter, stronger, harder = spread[:, :3].T[..., None, None, None]
-        x = x + self.brightness * brighter
-        grey = x.mean(1, keepdim=True)
-        x = grey + (x - grey) * (1 + self.saturation * stronger)
-        middle = x.mean((1, 2, 3), keepdim=True)
-        return middle + (x - middle) * (1 + self.contrast * harder)
 
     def _warp(self, x: Tensor, spread: Tensor) -> Tensor:
         """Shift, then zoom. The grid's coordinates run from -1 to 1 over a side."""

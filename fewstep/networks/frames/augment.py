@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fewstep.colours import recoloured
 from fewstep.errors import FewstepError, nearest
 from fewstep.networks.frames.geometry import taken, whole_number
 
@@ -39,13 +40,7 @@ def diff_augment(
 
 def _color(images: Tensor, uniforms: Tensor) -> Tensor:
     """Brightness by up to 0.5, saturation times 0 to 2, contrast times 0.5 to 1.5."""
-    brightness, saturation, contrast = uniforms[:, :3, None, None, None].unbind(1)
-    images = images + (brightness - 0.5)
-    if images.shape[1] > 1:  # grey images have no saturation
-        grey = images.mean(1, keepdim=True)
-        images = grey + 2 * saturation * (images - grey)
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return mean + (0.5 + contrast) * (images - mean)
+    return recoloured(images, 2 * uniforms[:, :3] - 1)
 
 
 def _translation(images: Tensor, uniforms: Tensor) -> Tensor:

@@ -5,7 +5,6 @@ from typing import Any
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from torch import Tensor
 
 from fewstep.diffusion import ode_sample
 from fewstep.errors import FewstepError
@@ -16,7 +15,6 @@ from fewstep.guidance import (
     Downsample,
     Guidance,
     LinearMeasurement,
-    Matrix,
     Polyak,
     Recurrence,
     Scheduled,
@@ -26,16 +24,7 @@ from fewstep.guidance import (
     plan_steps,
 )
 
-TIMES = torch.tensor([999.0, 699.0, 399.0, 199.0, -1.0]).double()
-
-
-def randn(*shape: int, seed: int = 0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-MATRIX = LinearMeasurement(Matrix(randn(2, 4, seed=1)))
-NOISE, TARGET = randn(3, 4), randn(3, 2, seed=2)
+from guided import MATRIX, NOISE, TARGET, TIMES
 
 
 def test_windows_say_which_steps_are_guided_and_the_trace_counts_the_work(net: Any) -> None:
