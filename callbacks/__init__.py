@@ -8,6 +8,7 @@ from callbacks.finite import FiniteLosses
 from callbacks.gates import GateReport
 from callbacks.preemption import Preempted, Preemption
 from callbacks.samples import Samples
+from callbacks.sensitivity import Sensitivity
 from callbacks.throughput import Throughput
 
 __all__ = [
@@ -20,5 +21,6 @@ __all__ = [
     "Preemption",
     "Progress",
     "Samples",
+    "Sensitivity",
     "Throughput",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import math
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from callbacks.pictures import save_picture
 from callbacks.together import on_first_rank
 from fewstep.errors import FewstepError
 from fewstep.networks.gates import gate_parameters, gate_tensors, gate_values
+from fewstep.networks.gates.sensitivity import sensitivity
 from fewstep.networks.gates.streams import (
     StreamNorms,
     gate_places,
@@ -59,10 +61,15 @@ class GateReport(Callback):
     - ``gradient``: the norm of the loss's gradient by what the block is given. It is about the same
       at all depths where a network is as sensitive to its first blocks as to its last.
 
-    The last three are of the first rank's first micro-batch of the update and empty for blocks that
-    have no stream of their own, such as those that change the size. Of networks with compiled
-    blocks they are always empty, as these do not let anyone look inside. With 16-mixed the gradient
-    is multiplied with the loss's scale. Between reports nothing is measured and nothing waits.
+    The loggers are also told ``gates/growth/...``, how much larger the stream is behind the last
+    block than in front of the first, and ``gates/amplification/...``, how much larger the gradient
+    is in front of the first than behind the last, see
+    :class:`fewstep.networks.gates.sensitivity.Sensitivity`.
+
+    What is of streams is of the first rank's first micro-batch of the update, and empty for blocks
+    that have no stream of their own, such as those that change the size. Of networks with compiled
+    blocks it is always empty, as these do not let anyone look inside. With 16-mixed the gradient is
+    multiplied with the loss's scale. Between reports nothing is measured and nothing waits.
 
     Args:
         every_n_updates: student updates between reports; the last update has one too.
@@ -126,8 +133,9 @@ class GateReport(Callback):
             for name, role in self._roles.items()
             for row in _rows(trainer.global_step, name, role, self._streams.get(name, []))
         ]
+        depths = _depth_scalars(self._streams)
         self._streams = {}
-        on_first_rank(trainer, lambda: self._report(trainer, rows))
+        on_first_rank(trainer, lambda: self._report(trainer, rows, depths))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -138,7 +146,7 @@ class GateReport(Callback):
     def _due(self, trainer: pl.Trainer, update: int) -> bool:
         return update % self.every_n_updates == 0 or update == trainer.max_steps
 
-    def _report(self, trainer: pl.Trainer, rows: list[Row]) -> None:
+    def _report(self, trainer: pl.Trainer, rows: list[Row], depths: dict[str, float]) -> None:
         folder, update = Path(trainer.default_root_dir) / FOLDER, trainer.global_step
         with explained_when_full(folder), (folder / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(_lines(rows))
@@ -149,7 +157,7 @@ class GateReport(Callback):
             if row[kind] is not None
         }
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=update)
+            logger.log_metrics(scalars | depths, step=update)
         for name in self._roles if self.pictures else ():
             own = [row for row in rows if row["role"] == name]
             series = {title: [_shown(row[kind]) for row in own] for kind, title in TITLES.items()}
@@ -197,6 +205,18 @@ def _rows(update: int, name: str, role: nn.Module, streams: list[StreamNorms]) -
         }
         rows.append(row)
     return rows
+
+
+def _depth_scalars(streams: Mapping[str, list[StreamNorms]]) -> dict[str, float]:
+    """What the loggers are told of each role's sensitivity to its depth."""
+    found: dict[str, float] = {}
+    for name, own in streams.items():
+        if any(norms.side == "sample" for norms in own):
+            whole = sensitivity(own)
+            found[f"gates/growth/{name}"] = whole.growth
+            if whole.amplification is not None:
+                found[f"gates/amplification/{name}"] = whole.amplification
+    return found
 
 
 def _shown(value: float | None) -> float | None:

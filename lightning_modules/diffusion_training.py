@@ -17,6 +17,7 @@ from lightning_modules.base import FewStepModule
 from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
 from lightning_modules.roles import Evaluations, TeacherSource, Update, load_teacher
+from lightning_modules.sensitivity_penalty import SensitivityPenalty
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class DiffusionTraining(FewStepModule):
         start: trained weights to go on from, instead of these three: a checkpoint, a run's folder
             or a diffusers pipeline.
         cond_dropout: share of samples trained without their condition, for guidance.
+        sensitivity: a penalty on residual units that amplify; none by default.
         base: options of :class:`~lightning_modules.base.FewStepModule`.
     """
 
@@ -48,6 +50,7 @@ class DiffusionTraining(FewStepModule):
         prediction_type: PredictionType = "epsilon",
         cond_dropout: float = 0.1,
         start: TeacherSource | None = None,
+        sensitivity: SensitivityPenalty | None = None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -57,6 +60,7 @@ class DiffusionTraining(FewStepModule):
         self.prediction_type: PredictionType = prediction_type
         self.cond_dropout = cond_dropout
         self.start = start
+        self.sensitivity = sensitivity or SensitivityPenalty()
         if self.lora is not None:
             self.frozen_roles = ("teacher",)
         if (start is None) == (backbone is None) or (start is None) != (schedule is not None):
@@ -77,6 +81,12 @@ class DiffusionTraining(FewStepModule):
             self.student = Denoiser(self.make_backbone(), self.schedule, self.prediction_type)
         self.schedule = self.student.schedule
 
+    def configure_model(self) -> None:
+        """Builds the roles, and makes sure that the penalty has something to say."""
+        if "student" not in self._modules:
+            super().configure_model()
+            self.sensitivity.check(self.student, self.compile_blocks)
+
     def draw(self, batch: Batch, generator: torch.Generator) -> DiffusionDraws:
         x0 = batch["sample"]
         size, device = len(x0), generator.device
@@ -92,8 +102,11 @@ class DiffusionTraining(FewStepModule):
         cond = drop_cond(self.student.backbone, batch["cond"], draws.dropped)
         x_t = self.schedule.add_noise(x0, noise, t)
         target = network_target(x0, noise, *self.schedule.levels(t, x0), self.prediction_type)
-        loss = mse(self.student.raw(x_t, t, cond), target)
-        yield Update("student", loss, {"loss": loss})
+        penalty, number = self.sensitivity, self.student_updates
+        with penalty.watching(self.student, number, self._generator) as measured:
+            loss = mse(self.student.raw(x_t, t, cond), target)
+        total, terms = penalty.added_to(loss, self.student, measured)
+        yield Update("student", total, {"loss": loss, **terms})
 
     def evaluations(self) -> dict[str, Evaluations]:
         return {"student": Evaluations(forward=1, backward=1)}

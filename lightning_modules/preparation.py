@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
+from fewstep.networks.gates.jacobian import carries_tangent
 from fewstep.networks.lora import pinned
 
 RECOMPILATIONS = 64  # of the code that blocks of one class share, in all roles together
@@ -53,7 +54,7 @@ class _Checkpointed:
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         inner = super().forward  # type: ignore[misc]
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or carries_tangent(*args, *kwargs.values()):
             return inner(*args, **kwargs)
         # Computed once more with the adapter it was computed with, whichever role ran since.
         return checkpoint(pinned(inner), *args, use_reentrant=False, **kwargs)

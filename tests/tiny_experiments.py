@@ -27,7 +27,7 @@ SIZE = 16
 
 
 def write_shard(path: Path, frames: int | None) -> None:
-    """Six captioned noisy pictures, or clips."""
+    """Six captioned noisy pictures, or clips, each of a class."""
     random = np.random.default_rng(0)
     members: dict[str, bytes] = {}
     for number in range(6):
@@ -36,6 +36,7 @@ def write_shard(path: Path, frames: int | None) -> None:
         name, data = ("mp4", encode_mp4(pixels, 8)) if frames else ("png", encoded(pixels))
         members[f"{number}.{name}"] = data
         members[f"{number}.txt"] = f"caption {number}".encode()
+        members[f"{number}.cls"] = str(number).encode()
     write_tar(path, members)
 
 

@@ -148,7 +148,12 @@ class Denoiser(nn.Module):
         return self.interpret(self.raw(x_t, t, cond), x_t, t)
 
     def guided(
-        self, x_t: Tensor, t: Tensor, cond: Cond | None, guidance_scale: float | Tensor
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond | None,
+        guidance_scale: float | Tensor,
+        detach_null: bool = False,
     ) -> Prediction:
         """Classifier-free guidance in one batched pass (Ho & Salimans 2022).
 
@@ -156,15 +161,22 @@ class Denoiser(nn.Module):
             guidance_scale: the usual scale ``g`` in ``uncond + g (cond - uncond)``, a number or
                 ``(B,)``. 1 is off and costs a single evaluation. (The LCM and PCM papers' ``w`` is
                 ``g - 1``.)
+            detach_null: no gradient through the unconditional branch, which is then a pass of its
+                own that keeps no activations.
         """
         if cond is None or (not isinstance(guidance_scale, Tensor) and guidance_scale == 1):
             return self(x_t, t, cond)
         null = self.backbone.null_cond(cond)
-        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
-        output = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-        conditional, unconditional = output.chunk(2)
+        if detach_null:
+            with torch.no_grad():
+                unconditional = self.raw(x_t, t, {name: null[name] for name in cond})
+            conditional = self.raw(x_t, t, cond)
+        else:
+            both = {name: torch.cat([cond[name], null[name]]) for name in cond}
+            output = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+            conditional, unconditional = output.chunk(2)
         if isinstance(guidance_scale, Tensor):
-            guidance_scale = expand_to(guidance_scale.to(output.dtype), output)
+            guidance_scale = expand_to(guidance_scale.to(conditional.dtype), conditional)
         return self.interpret(
             unconditional + guidance_scale * (conditional - unconditional), x_t, t
         )
@@ -187,12 +199,19 @@ class Denoiser(nn.Module):
 
 
 class Guided:
-    """A denoiser with a fixed guidance scale, for samplers."""
+    """A denoiser with a fixed guidance scale, for samplers.
 
-    def __init__(self, denoiser: Denoiser, guidance_scale: float) -> None:
+    Args:
+        detach_null: see :meth:`Denoiser.guided`; for the gradients of training-free guidance.
+    """
+
+    def __init__(
+        self, denoiser: Denoiser, guidance_scale: float, detach_null: bool = False
+    ) -> None:
         self.denoiser = denoiser
         self.schedule = denoiser.schedule
         self.guidance_scale = guidance_scale
+        self.detach_null = detach_null
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
-        return self.denoiser.guided(x_t, t, cond, self.guidance_scale)
+        return self.denoiser.guided(x_t, t, cond, self.guidance_scale, self.detach_null)

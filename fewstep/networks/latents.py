@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -82,13 +83,29 @@ class LatentCodec:
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
-        self.vae = load_part(folder, "vae", dtype).to(device)
-        config = dict(self.vae.config)
-        if config.get("force_upcast"):
-            self.vae.to(torch.float32)
+        vae = load_part(folder, "vae", dtype).to(device)
+        if vae.config.get("force_upcast"):
+            vae.to(torch.float32)
         for name, wanted in (("tiling", tiling), ("slicing", slicing)):
             if wanted:
-                _enable(self.vae, name)
+                _enable(vae, name)
+        self._use(vae)
+
+    @classmethod
+    def of(cls, vae: Any) -> LatentCodec:
+        """The codec of a VAE that is loaded, such as a pipeline's own.
+
+        The VAE stays as it is; one that overflows in half precision is copied in float32.
+        """
+        codec = cls.__new__(cls)
+        if vae.config.get("force_upcast") and vae.dtype == torch.float16:
+            vae = deepcopy(vae).to(torch.float32)
+        codec._use(vae)
+        return codec
+
+    def _use(self, vae: Any) -> None:
+        self.vae = vae
+        config = dict(vae.config)
         if isinstance(getattr(self.vae, "latents_mean", None), Tensor):  # LTX-Video's are weights
             config |= {"latents_mean": self.vae.latents_mean, "latents_std": self.vae.latents_std}
         self.space = LatentSpace.of(config)
@@ -151,12 +168,12 @@ class LatentCodec:
         can be told from it by them.
         """
         latents = self.encode_frames(frames, generator)
-        return self._pixels(latents.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        return self.pixels(latents.flatten(0, 1)).unflatten(0, frames.shape[:2])
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
         """Pixels in [-1, 1] of latents ``(B, C, H, W)`` or ``(B, C, F, H, W)``, float32."""
-        return self._pixels(latents).clamp(-1, 1)
+        return self.pixels(latents).clamp(-1, 1)
 
     def decode_frames(self, latents: Tensor, frames: Tensor, checkpointed: bool = False) -> Tensor:
         """Some frames of videos as pixels ``(B, n, 3, H, W)``, with gradient to the latents.
@@ -175,12 +192,18 @@ class LatentCodec:
                 once more, ``B`` frames at a time, or a whole clip.
         """
         if self.encodes_videos:
-            return chosen_frames(self._pixels(latents, checkpointed), frames)
+            return chosen_frames(self.pixels(latents, checkpointed), frames)
         chosen = chosen_frames(latents, frames.to(latents.device)).transpose(1, 2)
-        return self._pixels(chosen, checkpointed).transpose(1, 2)
+        return self.pixels(chosen, checkpointed).transpose(1, 2)
 
-    def _pixels(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
-        """Decodes ``(B, C, H, W)`` or ``(B, C, F, H, W)``, float32, as the VAE gives it."""
+    def pixels(self, latents: Tensor, checkpointed: bool = False) -> Tensor:
+        """Pixels of latents ``(B, C, H, W)`` or ``(B, C, F, H, W)``, with gradient to these.
+
+        float32, as the VAE gives them: not clamped, see :meth:`decode_frames`.
+
+        Args:
+            checkpointed: see :meth:`decode_frames`.
+        """
         z = self.space.restored(latents.to(self.device)).to(self.vae.dtype)
         decode: Any = self._decode_part
         if checkpointed:

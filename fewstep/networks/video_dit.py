@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Backbone, Cond
 from fewstep.errors import FewstepError
+from fewstep.networks.patches import from_patches, patch_grid, to_patches
 
 TIME_CHANNELS = 256
 
@@ -56,11 +57,6 @@ class VideoDiT(Backbone):
     ) -> None:
         super().__init__()
         width = num_heads * head_dim
-        if sample_size % patch_size or num_frames % patch_frames:
-            raise FewstepError(
-                f"Clips of {num_frames} frames of {sample_size} pixels do not divide into patches "
-                f"of {patch_frames} frames of {patch_size} pixels."
-            )
         if width % 6:
             raise FewstepError(
                 f"num_heads * head_dim must be a multiple of 6, for positions on three axes, "
@@ -80,7 +76,7 @@ class VideoDiT(Backbone):
         self.sample_shape = (channels, num_frames, sample_size, sample_size)
         self.num_classes = num_classes
         self.patch = (patch_frames, patch_size, patch_size)
-        self.grid = tuple(n // p for n, p in zip(self.sample_shape[1:], self.patch, strict=True))
+        self.grid = patch_grid((num_frames, sample_size, sample_size), self.patch)
         patch_values = channels * patch_frames * patch_size**2
         self.embed = nn.Linear(patch_values, width)
         self.register_buffer("positions", _positions(self.grid, width), persistent=False)
@@ -131,23 +127,13 @@ class VideoDiT(Backbone):
         features = self.time_features(t).to(self.embed.weight.dtype)
         about = self.time_embed(features) + self.class_embed(class_labels)
         modulation = self.modulation(nn.functional.silu(about))
-        tokens = self.embed(self._patches(x_t)) + self.positions.to(self.embed.weight.dtype)
+        patches = self.embed(to_patches(x_t, self.grid, self.patch))
+        tokens = patches + self.positions.to(patches.dtype)
         for block in self.blocks:
             tokens = block(tokens, timestep=modulation)
         shift, scale = (self.out_table + about[:, None]).unsqueeze(2).unbind(1)
-        return self._clip(self.out(self.out_norm(tokens) * (1 + scale) + shift))
-
-    def _patches(self, clip: Tensor) -> Tensor:
-        """``(B, C, F, H, W)`` to ``(B, N, values)``, frame by frame."""
-        (frames, rows, columns), (pf, p, _) = self.grid, self.patch
-        cut = clip.unflatten(4, (columns, p)).unflatten(3, (rows, p)).unflatten(2, (frames, pf))
-        return cut.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).flatten(1, 3)
-
-    def _clip(self, patches: Tensor) -> Tensor:
-        """The inverse of :meth:`_patches`."""
-        channels = self.sample_shape[0]
-        cut = patches.unflatten(2, (channels, *self.patch)).unflatten(1, self.grid)
-        return cut.permute(0, 4, 1, 5, 2, 6, 3, 7).flatten(6).flatten(4, 5).flatten(2, 3)
+        patches = self.out(self.out_norm(tokens) * (1 + scale) + shift)
+        return from_patches(patches, self.grid, self.patch)
 
 
 def _positions(grid: tuple[int, ...], width: int) -> Tensor:

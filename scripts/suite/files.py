@@ -37,7 +37,8 @@ class Entry:
         after: configuration key to the label of the entry whose trained run it is given.
         steps: sampling step counts to measure at; the experiment's by default.
         own_steps: whether the entry itself asks for them, not the suite for all its entries.
-        grid: dotted key to the values it takes in turn.
+        grid: dotted key to the values it takes in turn; several keys with commas between them to
+            lists of as many values, which they take together.
     """
 
     label: str
@@ -126,11 +127,11 @@ def read_entry(content: Any, shared: Mapping[str, Any], where: str) -> Entry:
     grid = mapping(given, "grid", where)
     after = content.get("after", {})
     after = {TEACHER_KEY: after} if isinstance(after, str) else mapping(content, "after", where)
-    for key in (*overrides, *grid, *after):
+    gridded = [key for together in grid for key in keys_of(together)]
+    for key in (*overrides, *gridded, *after):
         refuse_ours(key, where)
     for key, values in grid.items():
-        if not isinstance(values, list) or not values:
-            raise FewstepError(f"{where}: `grid` has no list of values for '{key}'.")
+        check_values(key, values, where)
     return Entry(
         label=plain(label, f"{where}: `label`"),
         experiment=experiment,
@@ -143,7 +144,25 @@ def read_entry(content: Any, shared: Mapping[str, Any], where: str) -> Entry:
     )
 
 
+def keys_of(together: str) -> list[str]:
+    """The dotted keys that a grid sets together: ``a.b, c.d`` are two."""
+    return [key.strip() for key in together.split(",")]
+
+
 # ---------------------------------------------------------------------- checks
+
+
+def check_values(together: str, values: Any, where: str) -> None:
+    """Refuses what is no list of values for a grid's key, or for its keys together."""
+    if not isinstance(values, list) or not values:
+        raise FewstepError(f"{where}: `grid` has no list of values for '{together}'.")
+    count = len(keys_of(together))
+    for value in values if count > 1 else []:
+        if not isinstance(value, list) or len(value) != count:
+            raise FewstepError(
+                f"{where}: `grid` sets {count} keys together, '{together}', and {value} is no list "
+                f"of {count} values."
+            )
 
 
 def check_keys(content: Any, known: tuple[str, ...], where: str) -> None:

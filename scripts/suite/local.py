@@ -72,7 +72,7 @@ def command_of(run: Path, config: Path) -> list[str]:
     """The arguments of fewstep that bring a run to its end from wherever it is."""
     place = ["-c", str(config), "--run.version", run.name]
     max_steps = yaml.safe_load(config.read_text(encoding="utf-8"))["trainer"]["max_steps"]
-    if newest_update(run) >= max_steps:
+    if newest_update(run) >= max_steps > 0:
         # Training that has ended is not entered again, so nothing would be measured.
         return ["evaluate", *place]
     return ["fit", *place, "--ckpt_path", "last"]

@@ -21,6 +21,10 @@ A suite is a YAML file; `fewstep suite NAME` finds experiments/suites/NAME.yaml 
     - {experiment: digits/lcm, after: teacher}
     - {experiment: digits/pcm_4, after: teacher, grid: {model.init_args.ema_decay: [0.95, 0.98]}}
 
+Keys of a grid with a comma between them change together, each value being a list of theirs:
+{"model.init_args.ema_decay, trainer.max_steps": [[0.9, 80], [0.95, 160]]}. Where a grid goes
+through numbers, a table and a picture of all measurements against them come with the report.
+
 The same command goes on after any interruption: what is done is skipped, what was cut short is
 resumed, what failed is tried again.
 

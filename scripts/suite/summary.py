@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from scripts.report import build_report
+from scripts.suite.curves import write_curves
 from scripts.suite.plan import Plan
 from scripts.suite.states import State
-
-Rows = dict[str, dict[int, list[float]]]
+from scripts.suite.tables import Rows, markdown, numbers_of
 
 
 def report(plan: Plan) -> None:
     """Writes ``summary.md`` and ``report.html`` of all runs that are done, and prints the first.
+
+    Where a grid goes through numbers, also tables and a picture against each of them.
 
     Raises:
         FewstepError: if none is done.
@@ -32,6 +30,8 @@ def report(plan: Plan) -> None:
     table = summary(runs)
     (plan.home / "summary.md").write_text(table, encoding="utf-8")
     print(f"\n{table}")
+    for path in write_curves(plan):
+        print(f"Curves: {path}")
     folders = [folder for found in runs.values() for folder in found]
     print(f"Report: {build_report(folders, plan.home / 'report.html', plan.suite.name)}")
 
@@ -55,41 +55,3 @@ def summary(runs: Mapping[str, Sequence[Path]]) -> str:
         for metric, rows in found.items()
     )
     return "\n".join(tables)
-
-
-def numbers_of(folder: Path, label: str) -> dict[tuple[str, str, int], float]:
-    """One run's numbers by metric, row and steps, each the mean over the seeds of its noise.
-
-    Of measurements with different numbers of samples those with the most count.
-    """
-    entries: list[dict[str, Any]] = read_results(folder / FILE_NAME)["measurements"]
-    roles = dict.fromkeys(entry["role"] for entry in entries)
-    most = max((entry["num_samples"] for entry in entries), default=0)
-    values: dict[tuple[str, str, int], list[float]] = {}
-    for entry in entries:
-        if entry["num_samples"] == most:
-            row = f"{label} ({entry['role']})" if len(roles) > 1 else label
-            key = (entry["metric"], row, entry["num_steps"])
-            values.setdefault(key, []).append(float(entry["value"]))
-    return {key: statistics.fmean(found) for key, found in values.items()}
-
-
-def markdown(rows: Rows) -> str:
-    """A Markdown table of values by label and number of steps."""
-    columns = sorted({steps for cells in rows.values() for steps in cells})
-    lines = [
-        "| run | " + " | ".join(map(str, columns)) + " |",
-        "|---" * (len(columns) + 1) + "|",
-    ]
-    for label, cells in rows.items():
-        lines.append(f"| {label} | " + " | ".join(cell(cells.get(c)) for c in columns) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def cell(values: Sequence[float] | None) -> str:
-    """Mean and standard deviation of some values."""
-    if not values:
-        return "–"
-    if len(values) == 1 or not all(map(math.isfinite, values)):
-        return f"{statistics.fmean(values):.3f}"
-    return f"{statistics.fmean(values):.3f} ± {statistics.stdev(values):.3f}"

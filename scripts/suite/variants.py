@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +16,7 @@ import yaml
 from fewstep.errors import FewstepError, nearest
 from scripts.report.data import CONFIG_FILE
 from scripts.slurm.submit import CheckedExperiment
-from scripts.suite.files import Entry, Suite
+from scripts.suite.files import Entry, Suite, keys_of
 
 CALLBACKS = "trainer.callbacks"
 
@@ -69,13 +69,31 @@ def points_of(entry: Entry) -> list[Variant]:
     """An entry's variants: the cartesian product of its grid."""
     made = []
     for values in itertools.product(*entry.grid.values()):
-        point = dict(zip(entry.grid, values, strict=True))
-        named = [f"{short_key(key, entry.grid)}={shown(value)}" for key, value in point.items()]
-        made.append(Variant(",".join([entry.label, *named]), entry, point))
+        point: dict[str, Any] = {}
+        for together, value in zip(entry.grid, values, strict=True):
+            keys = keys_of(together)
+            point |= zip(keys, value, strict=True) if len(keys) > 1 else {keys[0]: value}
+        made.append(Variant(label_at(entry, point), entry, point))
     return made
 
 
-def short_key(key: str, among: Mapping[str, Any]) -> str:
+def label_at(entry: Entry, point: Mapping[str, Any], without: str | None = None) -> str:
+    """An entry's label at a point of its grid; of keys that are set together the first is named.
+
+    Args:
+        without: a key to leave out.
+    """
+    named = leading_keys(entry)
+    parts = [f"{short_key(key, named)}={shown(point[key])}" for key in named if key != without]
+    return ",".join([entry.label, *parts])
+
+
+def leading_keys(entry: Entry) -> list[str]:
+    """What an entry's grid goes through: of keys that are set together, the first."""
+    return [keys_of(together)[0] for together in entry.grid]
+
+
+def short_key(key: str, among: Iterable[str]) -> str:
     """The end of a dotted key, as long as it must be to differ from the others'."""
     parts = key.split(".")
     for length in range(1, len(parts)):
@@ -179,7 +197,7 @@ def resolve(variant: Variant, home: Path) -> dict[str, Any]:
             f"'{entry.experiment}' has no callbacks.Evaluation, so there would be nothing to "
             "compare; add it to its trainer.callbacks."
         )
-    if not config["trainer"]["max_steps"] or config["trainer"]["max_steps"] < 1:
+    if config["trainer"]["max_steps"] is None or config["trainer"]["max_steps"] < 0:
         raise FewstepError(f"'{entry.experiment}' has no trainer.max_steps, so it would never end.")
     return config
 

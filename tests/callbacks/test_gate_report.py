@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Blocks(pl.Callback):
 
     def note(self, block: Any, args: Any, output: Any) -> None:
         args[0].retain_grad()
+        output.retain_grad()
         self.passes.append((args[0], output))
 
 
@@ -127,12 +129,20 @@ def test_a_resumed_run_writes_its_updates_once(tmp_path: Path) -> None:
 
 def test_loggers_get_scalars(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    trainer = trainer_of("single", 1, 1, GateReport(1), folder=tmp_path)
+    blocks = Blocks()
+    trainer = trainer_of("single", 1, 1, blocks, GateReport(1), folder=tmp_path)
     trainer.loggers = [logger]
     trainer.fit(method("gated"), data_for("gated"))
-    header = (tmp_path / "metrics.csv").read_text().splitlines()[0].split(",")
+    with (tmp_path / "metrics.csv").open(newline="") as file:
+        *_, row = csv.DictReader(file)
+    header = row.keys()
     gate = "student.transformer_blocks.0.ff.net.2.rdm_gate"
     assert {f"gates/{kind}/{gate}" for kind in ("alpha", "beta", "ratio")} <= set(header)
+    (first, *_), (_, output) = read_gate_report(tmp_path), blocks.passes[0]
+    growth = output.square().mean().sqrt().item() / first["stream"]
+    assert float(row["gates/growth/student"]) == pytest.approx(growth, rel=1e-5)
+    amplification = first["gradient"] / output.grad.norm().item()
+    assert float(row["gates/amplification/student"]) == pytest.approx(amplification, rel=1e-5)
 
 
 def _report_of_two(folder: Path, kind: str) -> tuple[Rows, dict[str, Any]]:

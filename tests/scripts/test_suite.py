@@ -92,6 +92,27 @@ def test_a_grid_is_the_product_of_its_values_and_goes_before_what_is_set() -> No
     assert last["trainer"]["max_steps"] == 7
 
 
+def test_keys_with_a_comma_between_them_change_together_and_the_first_names_the_run() -> None:
+    layers, updates = "model.init_args.backbone.init_args.num_layers", "trainer.max_steps"
+    write_suite(
+        experiments=[
+            {"experiment": "digits/rdm", "grid": {f"{layers}, {updates}": [[2, 60], [4, 30]]}}
+        ]
+    )
+    found = {cell.variant.label: cell.asked.config for cell in plan().cells}
+    assert {k: (value(c, layers), value(c, updates)) for k, c in found.items()} == {
+        "rdm,num_layers=2": (2, 60),
+        "rdm,num_layers=4": (4, 30),
+    }
+
+
+@pytest.mark.parametrize("point", [[2], [2, 60, 1], 2])
+def test_keys_that_change_together_need_a_value_each(point: Any) -> None:
+    write_suite(experiments=[{"experiment": "digits/rdm", "grid": {"a.b, c.d": [[1, 2], point]}}])
+    with pytest.raises(FewstepError, match=r"2 keys together.*no list of 2 values"):
+        read_suite(Path("x.yaml"))
+
+
 def test_with_a_grid_for_all_each_student_has_the_teacher_of_its_point() -> None:
     write_suite(
         grid={"data.init_args.batch_size": [8, 16]}, experiments=["digits/teacher", STUDENT]

@@ -25,6 +25,7 @@ from fewstep.networks.gates.gated import (
     network_of,
 )
 from fewstep.networks.gates.hooks import hang, take_away
+from fewstep.networks.gates.precision import keep_streams_float32
 from fewstep.networks.gates.sites import GATE_NAMES, SKIPS, Site, SkipSite, find_sites, find_skips
 from fewstep.networks.gates.spec import ResidualGates
 from fewstep.networks.gates.starts import check_alive, set_starts
@@ -131,6 +132,8 @@ def _hang_all(
         gates.append((site, gate))
     if not gates:
         return []
+    if spec.stream_dtype == "float32":
+        keep_streams_float32(network)
     if spec.time_conditioned:
         watch_time(network)
     setattr(network, SPEC, spec)

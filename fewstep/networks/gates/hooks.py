@@ -13,6 +13,12 @@ from torch import Tensor, nn
 
 from fewstep.networks.gates.blocks import argument_of
 from fewstep.networks.gates.gate import FuseGate, Gate, SkipGate
+from fewstep.networks.gates.precision import (
+    STREAMS,
+    check_streams,
+    narrow_input,
+    widen_streams,
+)
 from fewstep.networks.gates.sites import GATE, GATE_NAMES, SKIPS, TEXT_GATE
 from fewstep.networks.gates.time import enter_time, leave_time
 
@@ -53,12 +59,15 @@ def gate_fused(layer: Any, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return (layer.rdm_skip(args[0]), *args[1:])
 
 
-HOOKS = (gate_branch, gate_block, gate_skips, gate_fused, enter_time, leave_time)
+HOOKS = (
+    *(gate_branch, gate_block, gate_skips, gate_fused, enter_time, leave_time),
+    *(widen_streams, check_streams, narrow_input),
+)
 
 
 def hang(module: nn.Module, name: str, gate: Gate | SkipGate | FuseGate) -> None:
     """Gives a layer or block its gate, and has it called."""
-    hooked = any(hook in HOOKS for hook in module._forward_hooks.values())
+    hooked = any(hook is gate_block for hook in module._forward_hooks.values())
     module.add_module(name, gate.train(module.training))
     if isinstance(gate, SkipGate):
         module.register_forward_pre_hook(gate_skips, with_kwargs=True)
@@ -74,6 +83,7 @@ def take_away(module: nn.Module) -> None:
     """Removes a module's own gates, and whatever was hooked to it for gates."""
     for name in GATE_NAMES:
         module._modules.pop(name, None)
+    vars(module).pop(STREAMS, None)
     before: list[dict[int, Any]] = [module._forward_pre_hooks_with_kwargs]
     after: list[dict[int, Any]] = [
         module._forward_hooks_with_kwargs,

@@ -35,6 +35,9 @@ class ResidualGates(Change):
             units that add to the same stream, for training from scratch without adaLN-Zero; ``ode``
             at ``1 / n``, the step of an Euler solver; ``zero`` at 0 (ReZero, Bachlechner et al.
             2020). All but the first would spoil trained weights.
+        stream_dtype: ``float32`` keeps the residual streams of all known blocks in float32 where
+            branches compute in half precision, under autocast or with weights in half precision;
+            ``same`` leaves them as they are. In float32 there is no difference.
         skip: whether the long skips of U-shaped networks get gates too: ``(1 + sigma) skip``. A
             resnet block whose norm has groups of the skip's channels alone sees such a factor in
             its shortcut only.
@@ -53,6 +56,7 @@ class ResidualGates(Change):
     level: Level = "branch"
     alpha_shape: Literal["scalar", "channel"] = "scalar"
     init: Init = "identity"
+    stream_dtype: Literal["same", "float32"] = "same"
     skip: bool = False
     time_conditioned: bool = False
     include: list[str] | None = None
@@ -73,6 +77,11 @@ class ResidualGates(Change):
             raise FewstepError(
                 "gates.time_conditioned makes alpha and beta depend on the time, and gates.mode "
                 f"{self.mode} has neither."
+            )
+        if self.stream_dtype == "float32" and self.mode == "none":
+            raise FewstepError(
+                "gates.stream_dtype float32 comes with gates, and gates.mode none has none. Set "
+                "gates.mode: alpha; with gates.init: identity it changes nothing else."
             )
         for pattern in [*(self.include or ()), *(self.exclude or ())]:
             try:

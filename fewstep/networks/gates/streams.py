@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.networks.gates.blocks import argument_of, position_of
+from fewstep.networks.gates.blocks import argument_of
 from fewstep.networks.gates.gated import gates_of, network_of
+from fewstep.networks.gates.precision import Place, place_of
 from fewstep.networks.gates.sites import Site, block_sites, branch_sites
 
 
@@ -29,14 +30,18 @@ class StreamNorms:
         side: the sample's tokens or the text's.
         stream: root mean square of what the block is given.
         update: that of what it adds, gates included.
+        after: root mean square of what the block gives.
         gradient: norm of the loss's gradient by what it is given; None where none has come.
+        gradient_after: that by what it gives.
     """
 
     block: str
     side: str
     stream: Tensor
     update: Tensor
+    after: Tensor
     gradient: Tensor | None = None
+    gradient_after: Tensor | None = None
 
     @property
     def ratio(self) -> float:
@@ -48,6 +53,19 @@ def is_compiled(model: nn.Module) -> bool:
     """Whether a model or part of it is compiled, and so takes no notice of new hooks."""
     named = type(model).__name__ == "OptimizedModule"
     return named or any(module._compiled_call_impl is not None for module in model.modules())
+
+
+def check_not_compiled(model: nn.Module) -> None:
+    """Refuses networks whose blocks do not let anyone look inside.
+
+    Raises:
+        FewstepError: if it is compiled.
+    """
+    if is_compiled(model):
+        raise FewstepError(
+            f"This {type(network_of(model)).__name__} is compiled, and blocks of a compiled "
+            "network cannot be watched; measure one that is not (compile_blocks: false)."
+        )
 
 
 @contextmanager
@@ -69,15 +87,11 @@ def watched_streams(model: nn.Module, with_gradient: bool = False) -> Iterator[l
         FewstepError: if the network is compiled.
     """
     network = network_of(model)
-    if is_compiled(model):
-        raise FewstepError(
-            f"This {type(network).__name__} is compiled, and blocks of a compiled network cannot "
-            "be watched; measure one that is not (compile_blocks: false)."
-        )
+    check_not_compiled(model)
     found: list[StreamNorms] = []
-    blocks: dict[str, list[Site]] = {}
+    blocks: dict[str, list[tuple[Site, Place]]] = {}
     for site in block_sites(network):
-        blocks.setdefault(site.name, []).append(site)
+        blocks.setdefault(site.name, []).append((site, place_of(network, site)))
     handles = [
         network.get_submodule(name).register_forward_hook(
             partial(_note, found, sites, with_gradient), with_kwargs=True
@@ -104,7 +118,7 @@ def gate_places(model: nn.Module) -> dict[str, tuple[str, str] | None]:
 
 def _note(
     found: list[StreamNorms],
-    sites: Sequence[Site],
+    sites: Sequence[tuple[Site, Place]],
     with_gradient: bool,
     block: nn.Module,
     args: Sequence[Any],
@@ -113,25 +127,24 @@ def _note(
 ) -> None:
     """Forward hook of a block, behind the one of its gate."""
     skipped = with_gradient and not torch.is_grad_enabled()
-    if skipped or any(norms.block == sites[0].name for norms in found):
+    if skipped or any(norms.block == sites[0][0].name for norms in found):
         return
-    for site in sites:
-        stream = site.stream
-        assert stream is not None
-        position = position_of(block, stream.argument)
-        assert position is not None
-        before: Tensor = argument_of(stream.argument, position, args, kwargs)
-        after: Tensor = output if stream.output is None else output[stream.output]
+    for site, place in sites:
+        before: Tensor = argument_of(place.argument, place.position, args, kwargs)
+        after: Tensor = output if place.output is None else output[place.output]
         known, given = before.detach().float(), after.detach().float()
-        norms = StreamNorms(site.name, site.side, _rms(known), _rms(given - known))
+        update = _rms(given - known)
+        norms = StreamNorms(site.name, site.side, _rms(known), update, _rms(given))
         found.append(norms)
         if with_gradient and before.requires_grad:
-            before.register_hook(partial(_note_gradient, norms))
+            before.register_hook(partial(_note_gradient, norms, "gradient"))
+        if with_gradient and after.requires_grad:
+            after.register_hook(partial(_note_gradient, norms, "gradient_after"))
 
 
-def _note_gradient(norms: StreamNorms, gradient: Tensor) -> None:
-    if norms.gradient is None:
-        norms.gradient = gradient.detach().float().norm()
+def _note_gradient(norms: StreamNorms, name: str, gradient: Tensor) -> None:
+    if getattr(norms, name) is None:
+        setattr(norms, name, gradient.detach().float().norm())
 
 
 def _rms(tensor: Tensor) -> Tensor:

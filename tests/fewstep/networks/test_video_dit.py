@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from fewstep.diffusion import Backbone
 from fewstep.errors import FewstepError
 from fewstep.networks import VideoDiT
+from fewstep.networks.patches import to_patches
 from fewstep.spec import build, describe
 
 
@@ -47,17 +48,6 @@ def test_blocks_start_as_the_identity() -> None:
     assert torch.equal(*seen)
 
 
-@pytest.mark.parametrize("patch_frames", [1, 2])
-def test_cutting_into_patches_loses_nothing(patch_frames: int) -> None:
-    network, (clip, _, _) = tiny(patch_frames=patch_frames), inputs()
-    patches = network._patches(clip)
-    assert patches.shape == (3, 4 // patch_frames * 4, 2 * patch_frames * 16)
-    assert torch.equal(network._clip(patches), clip)
-    # Frame by frame, row by row: a discriminator folds tokens into maps in this order.
-    first = clip[:, :, :patch_frames, :4, 4:].flatten(1)
-    assert torch.equal(patches[:, 1], first)
-
-
 def test_every_output_pixel_depends_on_all_frames_time_and_class() -> None:
     network, (x_t, t, labels) = stirred().eval(), inputs()
     output = network(x_t, t, labels)
@@ -95,7 +85,7 @@ def test_feature_blocks_are_sub_modules_of_that_width() -> None:
 @pytest.mark.parametrize("patch_frames", [1, 2])
 def test_features_are_maps_of_patches(patch_frames: int) -> None:
     network, (clip, _, _) = tiny(patch_frames=patch_frames), inputs()
-    tokens = network._patches(clip)
+    tokens = to_patches(clip, network.grid, network.patch)
     features = network.feature(tokens)
     assert features.shape == (3, tokens.shape[-1], 4 // patch_frames, 2, 2)
     first = clip[0, :, -patch_frames:, :4, 4:].flatten()

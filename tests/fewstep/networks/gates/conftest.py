@@ -24,7 +24,7 @@ from diffusers import (
 from diffusers.models.unets.unet_motion_model import MotionAdapter
 from torch import Tensor, nn
 
-from fewstep.networks import VideoDiT
+from fewstep.networks import Latte, UViT, VideoDiT
 
 HEADS: dict[str, Any] = {"num_attention_heads": 2, "attention_head_dim": 8, "num_layers": 2}
 PATCHES: dict[str, Any] = {"in_channels": 4, "sample_size": 8, "patch_size": 2}
@@ -205,6 +205,18 @@ def _video_dit() -> Tiny:
     return Tiny(network, {"x_t": randn(2, 3, 2, 8, 8), "t": TIMES, "class_labels": labels})
 
 
+def _uvit() -> Tiny:
+    network = UViT(8, 3, num_layers=3, num_heads=2, head_dim=8, final_conv=True)
+    labels = torch.tensor([3, 7])
+    return Tiny(network, {"x_t": randn(2, 3, 8, 8), "t": TIMES, "class_labels": labels})
+
+
+def _own_latte() -> Tiny:
+    network = Latte(8, 3, 4, num_layers=2, num_heads=2, head_dim=8, num_classes=10)
+    labels = torch.tensor([3, 7])
+    return Tiny(network, {"x_t": randn(2, 4, 3, 8, 8), "t": TIMES, "class_labels": labels})
+
+
 MAKERS: dict[str, Callable[[], Tiny]] = {
     "dit": _dit,
     "pixart": _pixart,
@@ -218,6 +230,8 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "modelscope": _modelscope,
     "animatediff": _animatediff,
     "video_dit": _video_dit,
+    "uvit": _uvit,
+    "own_latte": _own_latte,
 }
 
 

@@ -25,7 +25,7 @@ from fewstep.networks.gates import (
 from lightning_modules.preparation import checkpoint_activations, compile_blocks, keep_in
 
 Tinies = Callable[[str], Any]
-U_SHAPED = ("unet", "unet2d", "modelscope", "animatediff")
+U_SHAPED = ("unet", "unet2d", "modelscope", "animatediff", "uvit")
 UNITS = {  # at the branch and at the block level
     "dit": (4, 2),
     "pixart": (6, 2),
@@ -39,9 +39,13 @@ UNITS = {  # at the branch and at the block level
     "modelscope": (43, 20),  # and 5 transformers and 8 convolutions in time
     "animatediff": (41, 14),  # and 7 motion modules
     "video_dit": (4, 2),
+    "uvit": (6, 3),  # and a long skip
+    "own_latte": (4, 2),  # a block in space, one in time
 }
 HALVES = dict.fromkeys(UNITS, (torch.bfloat16,))
-HALVES |= dict.fromkeys(("dit", "flux", "unet2d"), (torch.bfloat16, torch.float16))
+HALVES |= dict.fromkeys(
+    ("dit", "flux", "unet2d", "uvit", "own_latte"), (torch.bfloat16, torch.float16)
+)
 
 
 def gates(family: str, level: Any = "branch", **more: Any) -> ResidualGates:
@@ -160,6 +164,7 @@ def compiled_like_plain(network: nn.Module, block: nn.Module, given: tuple[Any, 
     assert not torch.allclose(network(*given), expected, atol=1e-4)  # no value is compiled in
 
 
+@pytest.mark.threads
 def test_a_compiled_layer_calls_its_gate() -> None:
     network = nn.Sequential(nn.Linear(3, 4))
     apply_gates(network, ResidualGates(include=["0"]))
@@ -171,6 +176,7 @@ def test_a_compiled_layer_calls_its_gate() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.threads
 @pytest.mark.parametrize("level", ["branch", "block"])
 def test_compiled_blocks_compute_what_others_do(level: str, tiny: Tinies) -> None:
     it = tiny("video_dit")
@@ -182,6 +188,7 @@ def test_compiled_blocks_compute_what_others_do(level: str, tiny: Tinies) -> Non
 
 
 @pytest.mark.slow
+@pytest.mark.threads
 @pytest.mark.parametrize("level", ["branch", "block"])
 def test_whole_networks_compile_without_a_break(level: str, tiny: Tinies) -> None:
     for family in ("dit", "flux", "unet2d"):
