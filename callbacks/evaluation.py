@@ -18,7 +18,7 @@ from callbacks.matrix import Matrix
 from callbacks.reference_sets import Against, ReferenceSets, check_against
 from callbacks.results import Measurement, check_names, write_results
 from callbacks.together import on_each_machine, on_every_rank, on_first_rank
-from fewstep.contracts import FewStepSampler, FinishedSet
+from fewstep.contracts import FewStepSampler, FinishedSet, SteeredSampler
 from fewstep.errors import FewstepError
 from fewstep.metrics import Metric, ReferenceStore, share_features
 
@@ -119,7 +119,7 @@ class Evaluation(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Evaluates the trained student and writes the results."""
-        if trainer.global_step >= trainer.max_steps > 0:
+        if trainer.global_step >= trainer.max_steps >= 0:
             self._run_and_write(trainer, pl_module)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -129,6 +129,8 @@ class Evaluation(Callback):
 
     def _run_and_write(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         found = self.run(trainer, pl_module, self.num_samples, self.seeds)
+        if isinstance(pl_module, SteeredSampler):
+            pl_module.write_traces()
         cost = {"seconds": round(self.seconds, 3)}
         if trainer.state.fn == "fit":
             cost["share_of_run"] = self.seconds / (time.monotonic() - self._began)
@@ -194,6 +196,7 @@ class Evaluation(Callback):
             numbers["num_samples_in_training"] = self.num_samples_in_training
         for option, number in numbers.items():
             self._check_number(option, number)
+        self._check_steering(scene)
         demanding = [type(metric).__name__ for metric in self.metrics if metric.needs_prompts]
         finished = isinstance(scene.module, FinishedSet)  # whose samples have their own prompts
         if finished or not demanding:
@@ -204,6 +207,26 @@ class Evaluation(Callback):
                 "have none. Take data with prompts, or leave it out of the Evaluation callback's "
                 "`metrics`."
             )
+
+    def _check_steering(self, scene: Scene) -> None:
+        """Looks for conditions that metrics need, and for judges that took part in sampling."""
+        guides = scene.module.guides() if isinstance(scene.module, SteeredSampler) else {}
+        for metric in self.metrics:
+            taken = [metric.judges[one] for one in metric.judges if one in guides]
+            if taken:
+                raise FewstepError(
+                    f"{type(metric).__name__} would judge samples by the {taken[0]} that guides "
+                    "them, so it would find whatever the guide put there. Give it a judge of "
+                    "another kind, or one that was trained on other data."
+                )
+            for name in metric.needs_conditions:
+                known = scene.data.reference_conditions(range(1)).cond
+                if name not in known:
+                    raise FewstepError(
+                        f"{type(metric).__name__} compares with each sample's '{name}', and these "
+                        f"data have {', '.join(known) or 'no conditions'}. Take data that have it, "
+                        "or leave it out of the Evaluation callback's `metrics`."
+                    )
 
     def _check_number(self, option: str, number: int) -> None:
         for metric in self.metrics:

@@ -135,7 +135,7 @@ class Scene:
             )
         with torch.no_grad():  # and without autocast, as records are decoded
             pixels = sampler.decode(x0)
-        return Samples(pixels.float(), torch.tensor(numbers), conditions.prompt)
+        return Samples(pixels.float(), torch.tensor(numbers), conditions.prompt, conditions.cond)
 
     def recorded(self) -> Iterator[Samples]:
         """This rank's share of the data set as pixels; only latents are decoded."""

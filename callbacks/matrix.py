@@ -13,6 +13,7 @@ from callbacks.preemption import leave_if_requested
 from callbacks.reference_sets import Against, ReferenceSets
 from callbacks.results import Measurement
 from callbacks.together import on_first_rank
+from fewstep.contracts import SteeredSampler
 from fewstep.metrics import Metric, Samples, Statistics
 
 
@@ -122,6 +123,9 @@ class Matrix:
             "sample_shape": list(sampler.sample_shape),
             "precision": str(self.scene.trainer.precision),
         }
+        cost: dict[str, float] = {}
+        if isinstance(self.scene.module, SteeredSampler):
+            cost = self.scene.module.sampling_cost(cell.num_steps, cell.role)
         values = on_first_rank(self.scene.trainer, lambda: metric.compute(own, reference))
         in_pairs = metric.reference == "pairs"
         return [
@@ -136,6 +140,7 @@ class Matrix:
                 seed=cell.seed,
                 protocol=protocol if name in metric.own_values else {**protocol, **about},
                 better=metric.better[name],
+                cost=cost or None,
             )
             for name, value in values.items()
         ]

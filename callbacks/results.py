@@ -15,6 +15,7 @@ import torch
 
 from callbacks.disk import explained_when_full
 from fewstep import __version__
+from fewstep.contracts import SteeredSampler
 from fewstep.errors import FewstepError
 from fewstep.metrics.base import Better, Metric
 
@@ -32,6 +33,8 @@ class Measurement:
         guidance_scale: of classifier-free guidance while sampling; 1 is off.
         protocol: what must be equal for two numbers to be comparable.
         better: which way.
+        cost: what a sample of training-free guidance took: evaluations and gradients of the
+            denoiser, evaluations of the energy, seconds.
     """
 
     metric: str
@@ -44,6 +47,7 @@ class Measurement:
     seed: int
     protocol: dict[str, Any]
     better: Better = "lower"
+    cost: dict[str, float] | None = None
 
     def key(self) -> tuple[Any, ...]:
         """What makes a later measurement replace an earlier one."""
@@ -147,6 +151,8 @@ def _source(trainer: pl.Trainer, pl_module: pl.LightningModule, updates: int) ->
     if stated is not None:
         return dict(stated())
     source: dict[str, Any] = {"student_updates": updates}
+    if isinstance(pl_module, SteeredSampler) and (steering := pl_module.steering_record()):
+        source["steering"] = steering
     loaded = getattr(trainer, "ckpt_path", None) if trainer.state.fn != "fit" else None
     home = Path(trainer.default_root_dir).resolve()
     if loaded is not None and home not in Path(loaded).resolve().parents:

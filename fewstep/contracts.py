@@ -79,6 +79,23 @@ class FewStepSampler(Protocol):
 
 
 @runtime_checkable
+class SteeredSampler(Protocol):
+    """A method that training-free guidance may steer; where it does not, all of this is empty."""
+
+    def sampling_cost(self, num_steps: int, role: str | None = None) -> dict[str, float]:
+        """What a steered sample took, by name, once some were made."""
+
+    def steering_record(self) -> dict[str, Any]:
+        """What it is steered by, in plain values."""
+
+    def guides(self) -> dict[str, str]:
+        """Names of the networks that steer, by fingerprint."""
+
+    def write_traces(self) -> None:
+        """Writes how guidance went into the run's folder; a collective."""
+
+
+@runtime_checkable
 class FinishedSet(Protocol):
     """Samples that were made elsewhere.
 

@@ -8,6 +8,8 @@ from lightning_modules.frame_adversary import FrameAdversary
 from lightning_modules.motion_consistency_distillation import MotionConsistencyDistillation
 from lightning_modules.phased_consistency_distillation import PhasedConsistencyDistillation
 from lightning_modules.roles import Pretrained
+from lightning_modules.steering import Steering
+from lightning_modules.training_free_guidance import TrainingFreeGuidance
 
 __all__ = [
     "AdversarialPostTraining",
@@ -18,4 +20,6 @@ __all__ = [
     "MotionConsistencyDistillation",
     "PhasedConsistencyDistillation",
     "Pretrained",
+    "Steering",
+    "TrainingFreeGuidance",
 ]

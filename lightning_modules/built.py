@@ -24,13 +24,13 @@ from lightning_modules.preparation import (
     compile_blocks,
     keep_in,
 )
-from lightning_modules.recorded import RecordedRoles
 from lightning_modules.roles import frozen, run_seed
+from lightning_modules.steered_roles import SteeredRoles
 
 Trained = Literal["all", "gates"]
 
 
-class BuiltRoles(RecordedRoles):
+class BuiltRoles(SteeredRoles):
     """Roles that are built once, from what a method says and from the options of all methods.
 
     Their meaning is told where they are given, see :class:`~lightning_modules.base.FewStepModule`.

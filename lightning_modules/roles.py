@@ -106,12 +106,13 @@ def is_pipeline(source: str) -> bool:
     return source.count("/") == 1 and not looks_local and not is_checkpoint(path)
 
 
-def load_teacher(source: TeacherSource) -> tuple[Denoiser, dict[str, str]]:
+def load_teacher(source: TeacherSource, role: str = "ema") -> tuple[Denoiser, dict[str, str]]:
     """Builds a frozen teacher and says where it came from.
 
     Args:
         source: a checkpoint, a run's or an experiment's folder, a diffusers pipeline's folder or
             name, or a factory of a denoiser.
+        role: whose weights of a checkpoint.
     """
     if isinstance(source, str) and is_pipeline(source):
         source = Pretrained(source)
@@ -126,7 +127,7 @@ def load_teacher(source: TeacherSource) -> tuple[Denoiser, dict[str, str]]:
     if callable(source):
         teacher = copy.deepcopy(source())
         return teacher.requires_grad_(False).eval(), {"source": type(teacher.backbone).__name__}
-    loaded = load_denoiser(source)
+    loaded = load_denoiser(source, role)
     provenance = {"source": loaded.source, "sha256": loaded.sha256, "weights": loaded.role}
     if loaded.pipeline is not None:
         provenance["pipeline"] = loaded.pipeline

@@ -53,6 +53,18 @@ class SampledRoles(OptimisedRoles):
         roles = ["ema"] if self.ema is not None else []
         return [*roles, "student", *(r for r in self.frozen_roles if r == "teacher")]
 
+    def checked_role(self, role: str | None) -> str:
+        """A role that can sample, the default one if none is named.
+
+        Raises:
+            FewstepError: for one that cannot.
+        """
+        roles = self.sampling_roles()
+        role = roles[0] if role is None else role
+        if role not in roles:
+            raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
+        return role
+
     def step_counts(self, role: str | None = None) -> list[int]:
         """The numbers of sampling steps to measure a role at, unless told otherwise."""
         return self.measured_steps or [1, 2, 4, 8]
@@ -90,10 +102,7 @@ class SampledRoles(OptimisedRoles):
         Raises:
             FewstepError: for a role that cannot sample, or a step count the student cannot serve.
         """
-        roles = self.sampling_roles()
-        role = roles[0] if role is None else role
-        if role not in roles:
-            raise FewstepError(f"'{role}' cannot sample in this run; choose from {roles}.")
+        role = self.checked_role(role)
         if prompt is not None and self.companions is not None:
             cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
         cond = None if cond is None else in_float32(cond)

@@ -18,16 +18,18 @@ from typing import Any, NoReturn, cast
 import lightning.pytorch as pl
 import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks import Preemption, Progress
 from fewstep.errors import FewstepError
+from fewstep.guidance import Guidance
+from fewstep.guidance.noise import NoiseOptimisation
 from lightning_modules import FewStepModule
 from lightning_modules.parallel import ShardedStrategy
 from lightning_modules.whole import WholeCheckpointIO
 from scripts.config_errors import explain
-from scripts.experiments import expand_arguments
+from scripts.experiments import expand_arguments, expand_steering
 from scripts.launcher import watch_ranks
 from scripts.loggers import MetricsCSV
 from scripts.plan import Strategy
@@ -106,15 +108,21 @@ class SaveConfig(SaveConfigCallback):
 class FewstepCLI(LightningCLI):
     """LightningCLI with run folders, experiment defaults and fewstep's commands."""
 
+    made_trainer: type[FewstepTrainer] = FewstepTrainer
+    prog = "fewstep"
+
     def __init__(self, arguments: list[str]) -> None:
         quieten()
-        expanded, self.experiment = expand_arguments(arguments)
+        steered, self.steering = expand_steering(arguments)
+        expanded, self.experiment = expand_arguments(steered)
+        # Of a dataclass's field any subclass, or a function that makes one, may be named.
+        set_parsing_settings(subclasses_enabled=[Guidance, NoiseOptimisation])
         super().__init__(
             model_class=FewStepModule,
             datamodule_class=pl.LightningDataModule,
             subclass_mode_model=True,
             subclass_mode_data=True,
-            trainer_class=FewstepTrainer,
+            trainer_class=self.made_trainer,
             trainer_defaults={"callbacks": [Progress(), Preemption()]},
             parser_class=Parser,
             save_config_callback=SaveConfig,
@@ -122,7 +130,7 @@ class FewstepCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": "fewstep"},
+            parser_kwargs={"prog": self.prog},
             args=expanded,
         )
 
@@ -180,8 +188,13 @@ class FewstepCLI(LightningCLI):
                 config.run.version or _version_of_first_rank(),
                 config.get("ckpt_path"),
                 training=self.subcommand == "fit",
+                trained=config.trainer.max_steps != 0,
             )
             os.environ[RUN_VERSION] = self.run_dir.name
+            if self.steering is not None:  # whose results are not those of the run itself
+                name = f"{name}+{self.steering}"
+                self.config[self.subcommand].run.name = name
+                self.run_dir = Path(config.run.dir) / name / self.run_dir.name
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Adds the run's folder and loggers to the trainer."""

@@ -31,7 +31,11 @@ def place_new_run(experiment: Path) -> Path:
 
 
 def place(
-    experiment: Path, version: str | None, ckpt_path: str | None, training: bool
+    experiment: Path,
+    version: str | None,
+    ckpt_path: str | None,
+    training: bool,
+    trained: bool = True,
 ) -> tuple[Path, Path | None]:
     """Decides which folder a command works in and which checkpoint it starts from.
 
@@ -40,6 +44,7 @@ def place(
         version: a given version's name, or None.
         ckpt_path: a file, ``last`` (the newest, or none if there is none), or None.
         training: whether the command trains; the others take the newest run by default.
+        trained: whether the experiment trains anything; one that does not needs no checkpoint.
 
     Raises:
         FewstepError: if a checkpoint that is needed is not there.
@@ -64,7 +69,7 @@ def place(
         found = newest_checkpoint(run)
         if found is not None:
             return run, found
-    if training:
+    if training or not trained:
         return (candidates[0] if candidates else place_new_run(experiment)), None
     raise FewstepError(
         f"'{experiment}' holds no run with a checkpoint. Train it first: "

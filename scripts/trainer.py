@@ -12,7 +12,7 @@ from callbacks import Evaluation, Preemption, Samples
 from callbacks.console import say
 from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
-from lightning_modules import FewStepModule
+from lightning_modules import FewStepModule, Steering
 from scripts.evaluate import DrawnPipeline, FinishedSamples, PipelineSampler, exported_steps
 from scripts.evaluate.pipelines import ROLE
 from scripts.plan import Strategy, as_dict, format_plan, plan_of
@@ -42,6 +42,7 @@ class FewstepTrainer(pl.Trainer):
         samples: str | None = None,
         pipeline: str | None = None,
         guidance: float | None = None,
+        steering: Steering | None = None,
     ) -> None:
         """Measure a trained model, a pipeline or finished samples; writes results.json.
 
@@ -56,7 +57,11 @@ class FewstepTrainer(pl.Trainer):
             pipeline: Folder of a diffusers pipeline to sample with instead.
             guidance: Guidance scale of the pipeline (its own default if not given), or the one
                 that finished samples were made with.
+            steering: Training-free guidance to sample with: an experiment that has it, such as
+                --steering guidance/digits/polyak, single values of which can be overridden. The
+                results go to a folder of their own.
         """
+        self._steer(model, steering, samples or pipeline)
         callback = self._only(Evaluation)
         callback.num_steps = steps or callback.num_steps
         callback.roles = roles or callback.roles
@@ -93,6 +98,7 @@ class FewstepTrainer(pl.Trainer):
         count: int = 40,
         pipeline: str | None = None,
         guidance: float | None = None,
+        steering: Steering | None = None,
     ) -> None:
         """Draw sample pictures at several step counts; writes samples/*.png of the run.
 
@@ -105,7 +111,9 @@ class FewstepTrainer(pl.Trainer):
             pipeline: Folder of a diffusers pipeline to sample with instead, such as an export; from
                 the same noise and prompts.
             guidance: Guidance scale of the pipeline; its own default, or its card's, if not given.
+            steering: Training-free guidance to sample with, as for evaluate.
         """
+        self._steer(model, steering, pipeline)
         callback = self._only(Samples)
         callback.num_steps = steps or callback.num_steps
         callback.roles = roles or callback.roles
@@ -156,16 +164,30 @@ class FewstepTrainer(pl.Trainer):
         if json is not None:
             Path(json).write_text(dumps(as_dict(found), indent=2) + "\n")
 
-    def _run_stage(self) -> Any:
-        """Runs the loop; a resumed run that has no update left is only evaluated, if it was not.
+    def _steer(self, model: FewStepModule, steering: Steering | None, instead: str | None) -> None:
+        """Steers a method's sampling, if it is to be steered."""
+        if steering is None:
+            return
+        if instead is not None:
+            raise FewstepError(
+                f"--steering guides the experiment's own networks, not '{instead}'. Leave one of "
+                "the two out."
+            )
+        model.steer(steering)
 
-        Lightning would end at once. Such is a run that was preempted while it measured.
+    def _run_stage(self) -> Any:
+        """Runs the loop; a run that has no update left is only evaluated, if it was not.
+
+        Lightning would end at once. Such is a run that was preempted while it measured, and one
+        that trains nothing (``max_steps: 0``), of which samples are drawn here too.
         """
-        if self.state.fn != "fit" or not self.global_step >= self.max_steps > 0:
+        if self.state.fn != "fit" or not self.global_step >= self.max_steps >= 0:
             return super()._run_stage()
         callbacks = cast(Any, self).callbacks
         measuring = [c for c in callbacks if isinstance(c, Evaluation)]
         done = f"Training is done: the checkpoint is of update {self.global_step:,}"
+        if self.max_steps == 0:
+            done = f"{type(self.lightning_module).__name__} trains nothing (trainer.max_steps: 0)"
         self.training = False  # there is no progress bar to print above of
         if not measuring or self.strategy.broadcast(self._evaluated()):
             say(self, f"{done}, and there is nothing left to do.")
@@ -176,6 +198,9 @@ class FewstepTrainer(pl.Trainer):
                 callback.on_train_start(self, self.lightning_module)
         for callback in measuring:
             callback.on_train_end(self, self.lightning_module)
+        drawing = [c for c in callbacks if isinstance(c, Samples) and self.max_steps == 0]
+        for callback in drawing:
+            callback.draw(self, self.lightning_module, 0)
         return None
 
     def _evaluated(self) -> bool:

@@ -1,8 +1,31 @@
 """Training-free guidance: any denoiser steered by the gradient of a loss of clean samples."""
 
 from fewstep.guidance.augmentors import Augmentor, DiffAugment, Identity
-from fewstep.guidance.energies import ClassLabel, Energy, LinearMeasurement, MixtureLikelihood
+from fewstep.guidance.energies import (
+    ClassLabel,
+    CLIPDistance,
+    CLIPStyle,
+    Decoded,
+    Decoder,
+    EachFrame,
+    EmbeddingDistance,
+    Energy,
+    FinalPosition,
+    LinearMeasurement,
+    MapDistance,
+    MixtureLikelihood,
+    ObstacleAvoidance,
+    PictureNetwork,
+    PretrainedClassifier,
+    Reward,
+    Sum,
+    Target,
+    load_network,
+    with_weights,
+)
 from fewstep.guidance.guidance import Guidance, Recurrence, Window
+from fewstep.guidance.judge import Judge
+from fewstep.guidance.knobs import TFG_KNOBS, Knob
 from fewstep.guidance.methods import (
     augmented_polyak,
     dps,
@@ -12,6 +35,7 @@ from fewstep.guidance.methods import (
     tfg,
     universal,
 )
+from fewstep.guidance.noise import NoiseOptimisation, OptimisedNoise, optimise_noise
 from fewstep.guidance.operators import (
     Blur,
     Downsample,
@@ -20,6 +44,7 @@ from fewstep.guidance.operators import (
     LinearOperator,
     Matrix,
 )
+from fewstep.guidance.pipelines import GuidedPipeline, guide
 from fewstep.guidance.rules import (
     AdamMoments,
     Capped,
@@ -31,52 +56,98 @@ from fewstep.guidance.rules import (
     StepRule,
 )
 from fewstep.guidance.sampler import GuidedSamples, guided_sample, own_stream
+from fewstep.guidance.search import (
+    Bench,
+    SearchResult,
+    Trial,
+    beam_search,
+    grid_search,
+    line_search,
+)
+from fewstep.guidance.selection import BestOf, Selected
 from fewstep.guidance.smoothing import Objective, Smoothing
 from fewstep.guidance.steps import DDIM, BaseStep, FixedShare, Step, plan_steps
+from fewstep.guidance.students import consistency_steps, one_step_times, phased_steps, plain_sample
 from fewstep.guidance.trace import Costs, Trace
 
 __all__ = [
     "DDIM",
+    "TFG_KNOBS",
     "AdamMoments",
     "Augmentor",
     "BaseStep",
+    "Bench",
+    "BestOf",
     "Blur",
+    "CLIPDistance",
+    "CLIPStyle",
     "Capped",
     "ClassLabel",
     "Costs",
+    "Decoded",
+    "Decoder",
     "DiffAugment",
     "Downsample",
+    "EachFrame",
+    "EmbeddingDistance",
     "Energy",
+    "FinalPosition",
     "FixedShare",
     "FreeDoMRms",
     "Guidance",
+    "GuidedPipeline",
     "GuidedSamples",
     "HiddenBox",
     "HiddenPixels",
     "Identity",
+    "Judge",
+    "Knob",
     "LinearMeasurement",
     "LinearOperator",
+    "MapDistance",
     "Matrix",
     "MixtureLikelihood",
+    "NoiseOptimisation",
     "Normalised",
     "Objective",
+    "ObstacleAvoidance",
+    "OptimisedNoise",
+    "PictureNetwork",
     "Polyak",
+    "PretrainedClassifier",
     "Recurrence",
+    "Reward",
     "Scheduled",
+    "SearchResult",
+    "Selected",
     "Signal",
     "Smoothing",
     "Step",
     "StepRule",
+    "Sum",
+    "Target",
     "Trace",
+    "Trial",
     "Window",
     "augmented_polyak",
+    "beam_search",
+    "consistency_steps",
     "dps",
     "freedom",
+    "grid_search",
+    "guide",
     "guided_sample",
     "lgd_mc",
+    "line_search",
+    "load_network",
     "mpgd",
+    "one_step_times",
+    "optimise_noise",
     "own_stream",
+    "phased_steps",
+    "plain_sample",
     "plan_steps",
     "tfg",
     "universal",
+    "with_weights",
 ]

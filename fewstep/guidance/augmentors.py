@@ -7,6 +7,7 @@ elsewhere for each sample alone.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from fewstep.colours import recoloured
 from fewstep.errors import FewstepError
+from fewstep.guidance.energies.base import Target
 
 
 class Augmentor(ABC):
@@ -31,14 +33,12 @@ class Augmentor(ABC):
         return 0
 
     @abstractmethod
-    def __call__(
-        self, x: Tensor, target: Tensor | None, uniform: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, target: Target, uniform: Tensor) -> tuple[Tensor, Target]:
         """Views and what is wanted of them.
 
         Args:
             x: samples ``(N, ...)``.
-            target: what is wanted of each, ``(N, ...)``.
+            target: what is wanted of each, ``(N, ...)``; for a sum of energies a mapping.
             uniform: numbers in (0, 1), ``(N, numbers)``.
         """
 
@@ -47,9 +47,7 @@ class Augmentor(ABC):
 class Identity(Augmentor):
     """No augmentation."""
 
-    def __call__(
-        self, x: Tensor, target: Tensor | None, uniform: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
+    def __call__(self, x: Tensor, target: Target, uniform: Tensor) -> tuple[Tensor, Target]:
         return x, target
 
 
@@ -61,9 +59,10 @@ PLAIN = Identity()
 class DiffAugment(Augmentor):
     """Random colour, shift, zoom and cutout (Zhao et al. 2020; Shen et al. 2024, section 4).
 
-    Pictures ``(N, C, H, W)`` in [-1, 1]. In this order: brightness, saturation, contrast; a shift
-    by whole pixels and a zoom about the centre, with zeros outside; a square set to mid-grey.
-    Unlike the released code each view has a zoom of its own.
+    Pictures ``(N, C, H, W)`` in [-1, 1], or videos ``(N, C, F, H, W)``, of which all frames get the
+    same. In this order: brightness, saturation, contrast; a shift by whole pixels and a zoom about
+    the centre, with zeros outside; a square set to mid-grey. Unlike the released code each view has
+    a zoom of its own.
 
     Args:
         copies: views of each sample. The paper says 10, its released code uses 20.
@@ -96,22 +95,26 @@ class DiffAugment(Augmentor):
         if self.joint and self.cutout:
             raise FewstepError("DiffAugment with joint: true cannot cut out; set cutout: 0.")
 
-    def __call__(
-        self, x: Tensor, target: Tensor | None, uniform: Tensor
-    ) -> tuple[Tensor, Tensor | None]:
-        if x.ndim != 4:
+    def __call__(self, x: Tensor, target: Target, uniform: Tensor) -> tuple[Tensor, Target]:
+        if x.ndim not in (4, 5):
             raise FewstepError(
-                f"DiffAugment is for pictures (B, C, H, W), not for shape {tuple(x.shape)}. "
-                "Use Identity or Gaussian smoothing."
+                f"DiffAugment is for pictures (B, C, H, W) and videos (B, C, F, H, W), not for "
+                f"shape {tuple(x.shape)}. Use Identity or Gaussian smoothing."
             )
+        if self.joint and target is not None:
+            if not isinstance(target, Tensor):
+                raise FewstepError(
+                    "DiffAugment with joint: true moves one target, and a Sum has several; "
+                    "set joint: false."
+                )
+            target = _by_frame(self._warp, target, 2 * uniform - 1)
+        return _by_frame(self._view, x, uniform), target
+
+    def _view(self, x: Tensor, uniform: Tensor) -> Tensor:
         spread = 2 * uniform - 1
         x = recoloured(x, spread[:, :3], self.brightness, self.saturation, self.contrast)
         x = self._warp(x, spread)
-        if self.cutout:
-            x = torch.where(self._hole(x, uniform), 0.0, x)
-        if self.joint and target is not None:
-            target = self._warp(target, spread)
-        return x, target
+        return torch.where(self._hole(x, uniform), 0.0, x) if self.cutout else x
 
     def _warp(self, x: Tensor, spread: Tensor) -> Tensor:
         """Shift, then zoom. The grid's coordinates run from -1 to 1 over a side."""
@@ -134,3 +137,12 @@ class DiffAugment(Augmentor):
             place = torch.arange(side, device=x.device)
             inside.append((place >= first[:, None]) & (place < first[:, None] + size))
         return (inside[0][:, :, None] & inside[1][:, None, :]).unsqueeze(1)
+
+
+def _by_frame(change: Callable[[Tensor, Tensor], Tensor], x: Tensor, numbers: Tensor) -> Tensor:
+    """Changes pictures ``(N, C, H, W)``, or all frames of videos alike, by numbers ``(N, n)``."""
+    if x.ndim == 4:
+        return change(x, numbers)
+    count = x.shape[2]
+    frames = change(x.transpose(1, 2).flatten(0, 1), numbers.repeat_interleave(count, dim=0))
+    return frames.unflatten(0, (len(x), count)).transpose(1, 2)

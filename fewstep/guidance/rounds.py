@@ -9,11 +9,68 @@ from torch.utils.checkpoint import checkpoint
 from fewstep.diffusion import Cond, DenoiserLike, Prediction
 from fewstep.diffusion.tables import expand_to
 from fewstep.errors import FewstepError
+from fewstep.guidance.energies import Target
 from fewstep.guidance.guidance import Guidance
 from fewstep.guidance.rules import Displacement, Signal
 from fewstep.guidance.steps import Step
 from fewstep.guidance.trace import Recorder
 from fewstep.seeding import Generators
+
+
+def predict(
+    denoiser: DenoiserLike, x: Tensor, step: Step, cond: Cond | None, checkpointing: bool
+) -> Prediction:
+    """A denoiser's prediction at a step's start, with a graph where gradients are on.
+
+    Args:
+        x: the state ``(B, ...)``; the denoiser's own is ``step.scale`` times as long.
+        checkpointing: computes the denoiser again in the backward pass.
+    """
+    t = torch.full((len(x),), step.t, device=x.device, dtype=x.dtype)
+
+    def denoise(state: Tensor) -> tuple[Tensor, Tensor]:
+        prediction = denoiser(step.scale * state, t, cond)
+        return prediction.x0, prediction.eps
+
+    if checkpointing and torch.is_grad_enabled():
+        return Prediction(*checkpoint(denoise, x, use_reentrant=False))
+    return Prediction(*denoise(x))
+
+
+def follow(
+    rule: Displacement, loss: Tensor, leaf: Tensor, eps: Tensor, minimum: float, step: Step
+) -> tuple[Signal, Tensor, Tensor]:
+    """A rule's displacement from the gradient of losses.
+
+    The losses are summed over the batch, so each sample's gradient is its own. What is not finite
+    becomes zero: its sample is not guided this time.
+
+    Args:
+        loss: ``(B,)``, with a graph.
+        leaf: what they are differentiated with respect to, ``(B, ...)``.
+        eps: the predicted noise, ``(B, ...)``.
+        minimum: the loss's lower bound.
+
+    Returns:
+        What the rule saw, the displacement ``(B, ...)``, and for which samples something was not
+        finite, ``(B,)``.
+
+    Raises:
+        FewstepError: if the loss has no gradient.
+    """
+    if not loss.requires_grad:
+        raise FewstepError(
+            "The loss does not depend on the sample in a way that can be differentiated. "
+            "Look for no_grad or detach in the denoiser and the energy."
+        )
+    with torch.enable_grad():
+        (gradient,) = torch.autograd.grad(loss.sum(), leaf)
+    sound = gradient.flatten(1).isfinite().all(1) & loss.isfinite()
+    gradient = torch.where(expand_to(sound, gradient), gradient, 0.0)
+    signal = Signal(gradient, torch.where(sound, loss.detach(), minimum), eps, minimum)
+    move = rule(signal, step)
+    sound = sound & move.flatten(1).isfinite().all(1)
+    return signal, torch.where(expand_to(sound, move), move, 0.0), ~sound
 
 
 class Walk:
@@ -33,7 +90,7 @@ class Walk:
         denoiser: DenoiserLike,
         cond: Cond | None,
         guidance: Guidance,
-        target: Tensor | None,
+        target: Target,
         generator: Generators,
         checkpointing: bool,
     ) -> None:
@@ -74,22 +131,11 @@ class Walk:
         return arrived
 
     def _predict(self, x: Tensor, step: Step, through: bool) -> tuple[Tensor, Prediction]:
-        """The state as a leaf, and the denoiser's prediction, with a graph if ``through``.
-
-        The denoiser's own state is ``step.scale`` times ours.
-        """
-        t = torch.full((len(x),), step.t, device=x.device, dtype=x.dtype)
+        """The state as a leaf, and the denoiser's prediction, with a graph if ``through``."""
         self.recorder.denoiser_evaluations += 1
         state = x.detach().requires_grad_(through)
-
-        def denoise(state: Tensor) -> tuple[Tensor, Tensor]:
-            prediction = self.denoiser(step.scale * state, t, self.cond)
-            return prediction.x0, prediction.eps
-
         with torch.set_grad_enabled(through):
-            if self.checkpointing and through:
-                return state, Prediction(*checkpoint(denoise, state, use_reentrant=False))
-            return state, Prediction(*denoise(state))
+            return state, predict(self.denoiser, state, step, self.cond, self.checkpointing)
 
 
 class _Moves:
@@ -126,29 +172,13 @@ class _Moves:
     def _move(
         self, rule: Displacement, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step
     ) -> Tensor:
-        """A rule's displacement from the gradient of ``losses(clean)`` with respect to ``leaf``.
-
-        The losses are summed over the batch, so each sample's gradient is its own. What is not
-        finite becomes zero: its sample is not guided this time.
-
-        Raises:
-            FewstepError: if the loss has no gradient.
-        """
+        """A rule's displacement from the gradient of ``losses(clean)`` with respect to ``leaf``."""
         with torch.enable_grad():
             loss = self.losses(clean)
-            if not loss.requires_grad:
-                raise FewstepError(
-                    "The loss does not depend on the sample in a way that can be differentiated. "
-                    "Look for no_grad or detach in the denoiser and the energy."
-                )
-            (gradient,) = torch.autograd.grad(loss.sum(), leaf)
         self.walk.recorder.energy_evaluations += self.walk.objective.views
-        minimum = self.walk.guidance.energy.minimum
-        sound = gradient.flatten(1).isfinite().all(1) & loss.isfinite()
-        gradient = torch.where(expand_to(sound, gradient), gradient, 0.0)
-        loss = torch.where(sound, loss.detach(), minimum)
-        self.signals.append(Signal(gradient, loss, eps, minimum))
-        move = rule(self.signals[-1], step)
-        sound = sound & move.flatten(1).isfinite().all(1)
-        self.broken = self.broken | ~sound
-        return torch.where(expand_to(sound, move), move, 0.0)
+        signal, move, broken = follow(
+            rule, loss, leaf, eps, self.walk.guidance.energy.minimum, step
+        )
+        self.signals.append(signal)
+        self.broken = self.broken | broken
+        return move

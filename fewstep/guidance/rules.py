@@ -85,12 +85,14 @@ def weight_at(weight: Weight, step: Step) -> float:
     """
     if weight == "inverse_signal":
         return step.divide(1.0, step.alpha)
+    if weight == "inverse_next_signal":
+        return step.divide(1.0, step.alpha_s)
     if weight == "score":
+        step.must_move("score")
         return step.sigma * (step.divide(step.sigma, step.ratio) - step.kept_std)
     plain = {
         "constant": 1.0,
         "signal": step.alpha,
-        "inverse_next_signal": 1 / step.alpha_s,
         "increase": step.increase,
         "decrease": step.decrease,
     }[weight.removeprefix("tfg_")]
@@ -139,6 +141,7 @@ class FreeDoMRms(StepRule):
     strength: float = 1.0
 
     def displacement(self, signal: Signal, step: Step) -> Tensor:
+        step.must_move("FreeDoMRms")
         c1 = step.alpha_s * (1 - step.ratio**2) / step.sigma**2
         factor = 0.02 * self.strength * c1 * step.divide(step.sigma, step.alpha)
         inverse = safe_inverse(sample_norm(signal.gradient), 0.0)

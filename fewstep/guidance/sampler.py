@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion import Cond, DenoiserLike
 from fewstep.diffusion.tables import work_dtype
 from fewstep.errors import FewstepError
+from fewstep.guidance.energies import Target
+from fewstep.guidance.energies.base import row_counts
+from fewstep.guidance.freezing import frozen
 from fewstep.guidance.guidance import Guidance
 from fewstep.guidance.rounds import Walk
-from fewstep.guidance.steps import DDIM, BaseStep, plan_steps
+from fewstep.guidance.rules import Capped
+from fewstep.guidance.steps import DDIM, BaseStep, Step, plan_steps
 from fewstep.guidance.trace import LARGEST_MOVE, Trace
 from fewstep.seeding import Generators, normal_like, torch_generator
 
@@ -35,7 +37,7 @@ def guided_sample(
     cond: Cond | None,
     times: Tensor,
     guidance: Guidance,
-    target: Tensor | None = None,
+    target: Target = None,
     generator: Generators = None,
     base: BaseStep | None = None,
     checkpointing: bool = False,
@@ -48,8 +50,9 @@ def guided_sample(
     classifier-free guidance comes on top, and the gradient passes through both branches.
 
     A consistency or phased student is guided as any other denoiser: its jump to clean data stands
-    where the posterior mean is. ``base=FixedShare(1)`` makes the walk multistep consistency
-    sampling; the guidance's ``inner_steps`` give each of its few levels more than one gradient.
+    where the posterior mean is. ``base`` makes the walk multistep consistency sampling
+    (:func:`fewstep.guidance.students.consistency_steps`); the guidance's ``inner_steps`` give each
+    of its few levels more than one gradient.
 
     Smoothing and augmentation draw from a stream of their own, so a run uses the same noise with
     and without them.
@@ -57,7 +60,8 @@ def guided_sample(
     Args:
         denoiser: predicts ``(x0, eps)``.
         noise: initial noise ``(B, ...)``.
-        target: what the energy is told of each sample, ``(B, ...)``.
+        target: what the energy is told of each sample, ``(B, ...)``; for a sum of energies a
+            mapping.
         generator: draws the noise of the base step and of time travel.
         base: how a step is taken without guidance; deterministic DDIM (Euler for flow) by default.
         checkpointing: computes the denoiser again in the backward pass, to save memory.
@@ -66,12 +70,9 @@ def guided_sample(
     Raises:
         FewstepError: if guidance diverged, or cannot be computed as asked.
     """
-    _refuse_inference_mode(noise)
-    if target is not None and len(target) != len(noise):
-        raise FewstepError(
-            f"{len(target)} targets were given for {len(noise)} samples; give each sample its own."
-        )
+    refuse_what_cannot_be_guided(noise, target)
     steps = plan_steps(denoiser.schedule, times, base or DDIM())
+    _refuse_idle(guidance, steps)
     walk = Walk(denoiser, cond, guidance, target, own_stream(generator), checkpointing)
     x = noise.to(work_dtype(noise)) / steps[0].scale
     with frozen(denoiser, guidance.energy):
@@ -81,10 +82,7 @@ def guided_sample(
                 arrived = walk.round(x, step, z)
                 x = step.go_back(arrived, normal_like(x, generator)) if left else arrived
     samples = x * steps[-1].scale_s
-    trace = walk.recorder.trace(samples)
-    if largest_move is not None:
-        trace.check(largest_move)
-    return GuidedSamples(samples, trace)
+    return GuidedSamples(samples, walk.recorder.close(samples, largest_move))
 
 
 def own_stream(generator: Generators) -> Generators:
@@ -101,28 +99,32 @@ def own_stream(generator: Generators) -> Generators:
     return [one for one in beside if isinstance(one, torch.Generator)]
 
 
-@contextmanager
-def frozen(*things: object) -> Iterator[None]:
-    """Parameters of modules, and of modules that things hold, ask for no gradient meanwhile.
+def refuse_what_cannot_be_guided(noise: Tensor, target: Target) -> None:
+    """Refuses a run that forbids gradients, or with another number of targets than of samples.
 
-    Gradients are only ever taken of the state; this saves the activations that those of the
-    parameters would need.
+    Raises:
+        FewstepError: in either case.
     """
-    modules = [m for thing in things for m in (thing, *getattr(thing, "__dict__", {}).values())]
-    parameters = {p for m in modules if isinstance(m, nn.Module) for p in m.parameters()}
-    changed = [p for p in parameters if p.requires_grad]
-    try:
-        for parameter in changed:
-            parameter.requires_grad_(False)
-        yield
-    finally:
-        for parameter in changed:
-            parameter.requires_grad_(True)
-
-
-def _refuse_inference_mode(noise: Tensor) -> None:
+    for count in row_counts(target):
+        if count != len(noise):
+            raise FewstepError(
+                f"{count} targets were given for {len(noise)} samples; give each sample its own."
+            )
     if torch.is_inference_mode_enabled() or noise.is_inference():
         raise FewstepError(
             "Guidance takes gradients, which torch.inference_mode forbids. Sample under "
             "torch.no_grad instead; for Lightning, set inference_mode: false on the trainer."
+        )
+
+
+def _refuse_idle(guidance: Guidance, steps: list[Step]) -> None:
+    """Refuses rules within a share of the noise that is left where none ever is."""
+    rules = [rule for rule in (guidance.state, guidance.clean) if rule is not None]
+    left = [step.sigma_s for step in steps if guidance.window.holds(step)]
+    idle = bool(left) and not any(left) and all(isinstance(rule, Capped) for rule in rules)
+    if idle and not guidance.inner_steps:
+        raise FewstepError(
+            "A Capped rule moves by a share of the noise that is left at a step's end, and the "
+            "only guided step ends at clean data, so nothing would move. Set inner_steps: 1 or "
+            "more, which act at its start, or take more steps."
         )

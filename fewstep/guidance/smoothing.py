@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.guidance.augmentors import PLAIN, Augmentor
-from fewstep.guidance.energies import Energy
+from fewstep.guidance.energies import Energy, Target
+from fewstep.guidance.energies.base import repeated
 from fewstep.guidance.steps import Step
 from fewstep.seeding import Generators, normal_like
 
@@ -75,15 +76,16 @@ class Objective:
         return self.smoothing.views * self.augmentor.copies
 
     def drawn(
-        self, like: Tensor, target: Tensor | None, step: Step, generator: Generators
+        self, like: Tensor, target: Target, step: Step, generator: Generators
     ) -> Callable[[Tensor], Tensor]:
         """The loss ``(B, ...) -> (B,)`` with this round's random numbers.
 
-        All gradients of one round see the same numbers; the next round draws new ones.
+        All gradients of one round see the same numbers; the next round draws new ones. Latents
+        become pictures before views are made of these: once for each noisy copy, not for each view.
 
         Args:
             like: any tensor shaped like the samples, ``(B, ...)``.
-            target: what is wanted of each sample, ``(B, ...)``.
+            target: what is wanted of each sample, ``(B, ...)``; for a sum of energies a mapping.
 
         Raises:
             FewstepError: when called, if the energy does not return one loss for each sample.
@@ -91,15 +93,17 @@ class Objective:
         batch, views, copies = len(like), self.views, self.augmentor.copies
         noise = self.smoothing.draw(like, step, generator)
         uniform = self._uniform(like, generator)
-        aims = None if target is None else target.repeat(views, *[1] * (target.ndim - 1))
+        aims = repeated(target, views)
+        prepare, energy = self.energy.staged()
 
         def losses(clean: Tensor) -> Tensor:
             points = clean.unsqueeze(0) if noise is None else clean + noise
-            rows = points.repeat(copies, *[1] * (points.ndim - 1)).flatten(0, 1)
-            values = self.energy(*self.augmentor(rows, aims, uniform))
+            seen = prepare(points.flatten(0, 1))
+            rows = seen.repeat(copies, *[1] * (seen.ndim - 1))
+            values = energy(*self.augmentor(rows, aims, uniform.to(rows.dtype)))
             if values.shape != (views * batch,):
                 raise FewstepError(
-                    f"{type(self.energy).__name__} returned losses of shape {tuple(values.shape)} "
+                    f"{type(energy).__name__} returned losses of shape {tuple(values.shape)} "
                     f"for {views * batch} samples. An energy returns one loss for each sample: "
                     "average over all dimensions but the first."
                 )

@@ -95,8 +95,8 @@ class Step:
 
     @property
     def ratio(self) -> float:
-        """``alpha / alpha_s``, the papers' ``sqrt(a_t)``."""
-        return self.alpha / self.alpha_s
+        """``alpha / alpha_s``, the papers' ``sqrt(a_t)``; 1 for a step that stays in place."""
+        return 1.0 if self.alpha == self.alpha_s else self.alpha / self.alpha_s
 
     @property
     def kept_std(self) -> float:
@@ -112,9 +112,24 @@ class Step:
         if by < SMALLEST_SIGNAL:
             raise FewstepError(
                 f"This guidance rule divides by the signal level, which is 0 at t = {self.t:g}. "
-                f"Start guidance below it: set the window's high below {self.t:g}."
+                f"Start guidance below it: set the window's high below {self.t:g}. For a sampler "
+                "of one step, which has no time below it, use Normalised or Polyak with "
+                "inner_steps, or optimise the initial noise."
             )
         return value / by
+
+    def must_move(self, rule: str) -> None:
+        """For rules that are proportional to a step's length.
+
+        Raises:
+            FewstepError: for a step that stays in place, where such a rule would do nothing.
+        """
+        if self.alpha == self.alpha_s:
+            raise FewstepError(
+                f"The guidance rule '{rule}' is a share of a step's length, and inner steps (like "
+                "those of noise optimisation) stay in place, so it would do nothing. Use "
+                "Scheduled with another weight, Normalised or Polyak, or set inner_steps: 0."
+            )
 
     def in_place(self) -> Step:
         """The step that stays where it is, for what moves the state at its start."""
@@ -130,6 +145,10 @@ class Step:
         return self.ratio * arrived + math.sqrt(max(1 - self.ratio**2, 0.0)) * noise
 
 
+FINISHED = Step(0, 0.0, 0.0, 1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 0.0, 1.0, 1.0)
+"""No step: what an energy is told that is asked of finished samples."""
+
+
 def plan_steps(schedule: Schedule, times: Tensor, base: BaseStep) -> list[Step]:
     """The steps along descending ``times (K + 1,)``.
 
@@ -142,9 +161,17 @@ def plan_steps(schedule: Schedule, times: Tensor, base: BaseStep) -> list[Step]:
             "A guided sampler needs two or more times, each below the one before; "
             f"it was given {grid.tolist()}."
         )
-    alpha, sigma = schedule.alpha(grid), schedule.sigma(grid)
+    return steps_between(grid, schedule.alpha(grid), schedule.sigma(grid), base)
+
+
+def steps_between(times: Tensor, alpha: Tensor, sigma: Tensor, base: BaseStep) -> list[Step]:
+    """The steps between given levels.
+
+    Args:
+        times, alpha, sigma: ``(K + 1,)`` float64, with times that descend.
+    """
     scale = torch.hypot(alpha, sigma)
-    rows = torch.stack([grid, alpha / scale, sigma / scale, scale], dim=1).tolist()
+    rows = torch.stack([times, alpha / scale, sigma / scale, scale], dim=1).tolist()
     kept = [(now[1] / then[1]) ** 2 for now, then in pairwise(rows)]
     mean = sum(kept) / len(kept)
     return [

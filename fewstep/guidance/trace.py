@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -21,12 +22,32 @@ class Costs:
     Attributes:
         denoiser_evaluations: of the denoiser; one that is guided by a scale counts once.
         denoiser_gradients: backward passes through it.
-        energy_evaluations: of the energy, each with its backward pass.
+        energy_evaluations: of the energy, with or without a backward pass.
+        seconds: wall clock of the whole batch, which two runs with the same costs may differ in.
+            If the run was not checked, the device may not have finished when it was read.
     """
 
     denoiser_evaluations: int
     denoiser_gradients: int
     energy_evaluations: int
+    seconds: float = field(default=0.0, compare=False)
+
+    def __add__(self, other: Costs) -> Costs:
+        return Costs(
+            self.denoiser_evaluations + other.denoiser_evaluations,
+            self.denoiser_gradients + other.denoiser_gradients,
+            self.energy_evaluations + other.energy_evaluations,
+            self.seconds + other.seconds,
+        )
+
+    def for_each_of(self, count: int) -> Costs:
+        """What each of the samples cost that ``count`` rows of one batch were tries of."""
+        return Costs(
+            self.denoiser_evaluations * count,
+            self.denoiser_gradients * count,
+            self.energy_evaluations * count,
+            self.seconds,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,13 +115,15 @@ class Recorder:
     denoiser_evaluations: int = 0
     denoiser_gradients: int = 0
     energy_evaluations: int = 0
+    started: float = field(default_factory=time.perf_counter)
 
     def note(
-        self, time: float, loss: Tensor, gradient: Tensor, shift: Tensor, nonfinite: Tensor
+        self, at: float, loss: Tensor, gradient: Tensor, shift: Tensor, nonfinite: Tensor
     ) -> None:
         """Adds one guided round.
 
         Args:
+            at: its time, in the network's own unit.
             loss: ``(B,)``.
             gradient: ``(B, ...)``.
             shift: what was subtracted from the state, ``(B, ...)``.
@@ -111,7 +134,7 @@ class Recorder:
         alignment = torch.cosine_similarity(flat, before, dim=1)
         moved = shift.flatten(1).square().mean(1).sqrt()
         norm = torch.linalg.vector_norm(flat, dim=1)
-        self.times.append(time)
+        self.times.append(at)
         self.rows.append((loss, norm, moved, alignment, nonfinite))
         self.previous = flat
 
@@ -132,3 +155,15 @@ class Recorder:
                 self.denoiser_evaluations, self.denoiser_gradients, self.energy_evaluations
             ),
         )
+
+    def close(self, samples: Tensor, largest_move: float | None) -> Trace:
+        """The trace of a run that ended with ``samples (B, ...)``, with the time it took.
+
+        Args:
+            largest_move: see :meth:`Trace.check`; None leaves the check out.
+        """
+        trace = self.trace(samples)
+        if largest_move is not None:
+            trace.check(largest_move)
+        seconds = time.perf_counter() - self.started
+        return replace(trace, costs=replace(trace.costs, seconds=seconds))

@@ -8,10 +8,12 @@ from fewstep.metrics.base import (
     numbers_of,
     to_uint8,
 )
+from fewstep.metrics.classifiers import ClassAccuracy, GuideAndJudge
 from fewstep.metrics.clip import CLIPFeatures, CLIPFrechetDistance, CLIPScore, FrameConsistency
 from fewstep.metrics.clip_networks import ClipFrechetDistance, ClipNetwork
 from fewstep.metrics.collecting import Collection, collect, merged, share_features
 from fewstep.metrics.digit_classifier import DigitClassifierFeatures
+from fewstep.metrics.digit_readers import digit_reader
 from fewstep.metrics.dino import DINOv2Features, FDDINOv2
 from fewstep.metrics.fid import FID, SFID, FrameFID
 from fewstep.metrics.frechet import FrechetDistance, GaussianStatistics, frechet_distance
@@ -23,6 +25,7 @@ from fewstep.metrics.lpips import LPIPSDiversity, LPIPSFeatures, PairedLPIPS
 from fewstep.metrics.means import Means
 from fewstep.metrics.motion import MotionDifference, MotionFlow, RAFTFeatures
 from fewstep.metrics.moving_digits import Sharpness, WatermarkEnergy
+from fewstep.metrics.nearest_data import NearestDataDistance
 from fewstep.metrics.pairs import Consistency, PairedDistance, PairedPSNR
 from fewstep.metrics.precision_recall import PrecisionRecall
 from fewstep.metrics.random_video import RandomVideoFeatures
@@ -41,6 +44,7 @@ __all__ = [
     "CLIPFeatures",
     "CLIPFrechetDistance",
     "CLIPScore",
+    "ClassAccuracy",
     "ClipFrechetDistance",
     "ClipNetwork",
     "Collection",
@@ -54,6 +58,7 @@ __all__ = [
     "FrechetDistance",
     "FrechetVideoMAE",
     "GaussianStatistics",
+    "GuideAndJudge",
     "I3DFeatures",
     "InceptionFeatures",
     "InceptionScore",
@@ -63,6 +68,7 @@ __all__ = [
     "Metric",
     "MotionDifference",
     "MotionFlow",
+    "NearestDataDistance",
     "PairedDistance",
     "PairedLPIPS",
     "PairedPSNR",
@@ -81,6 +87,7 @@ __all__ = [
     "VideoMAEFeatures",
     "WatermarkEnergy",
     "collect",
+    "digit_reader",
     "frechet_distance",
     "merged",
     "numbers_of",

@@ -11,6 +11,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -32,11 +33,13 @@ class Samples:
         numbers: ``(B,)`` int64 on the CPU: each sample's number in its set, the same however many
             ranks share the work.
         prompts: what each was asked for, where text was.
+        cond: the conditions each was asked for, by name, ``(B, ...)``, where they are known.
     """
 
     pixels: Tensor
     numbers: Tensor
     prompts: Sequence[str] | None = None
+    cond: Mapping[str, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -140,6 +143,8 @@ class Metric(ABC):
             ``pairs``: samples that other weights or step counts made of the same noise.
         pairs: how many pairs are compared, for a metric of pairs.
         needs_prompts: whether samples must have prompts.
+        needs_conditions: names of the conditions that samples must have.
+        judges: networks, by fingerprint, that must have had no part in making the samples.
         own_values: names of its values that the reference has no part in.
         better: the names of its values, and which way each is better.
     """
@@ -148,6 +153,8 @@ class Metric(ABC):
     reference: ClassVar[Reference] = "data"
     pairs: int = 256
     needs_prompts: bool = False
+    needs_conditions: Sequence[str] = ()
+    judges: Mapping[str, str] = MappingProxyType({})
     own_values: frozenset[str] = frozenset()
     better: Mapping[str, Better]
 

@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 NUM_FEATURES = 64
 NUM_EPOCHS = 15
+FULL_SET = 1797
 FILE_NAME = "digit_classifier_v1.safetensors"
 
 
@@ -61,7 +62,8 @@ class DigitClassifier(nn.Module):
         return logits
 
 
-def _digits() -> tuple[Tensor, Tensor]:
+def digits() -> tuple[Tensor, Tensor]:
+    """All digits ``(1797, 1, 8, 8)`` in [-1, 1], and their labels."""
     data = load_digits()
     # The same 8-bit rounding as the shards hold.
     pixels = np.round(data.images * (255 / 16)).astype(np.uint8)
@@ -69,18 +71,26 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images, torch.from_numpy(data.target).long()
 
 
-@torch.enable_grad()  # evaluations run without
 def train_classifier(seed: int = 0) -> DigitClassifier:
     """Trains on all 1,797 digits with a little noise, in a few seconds on a CPU."""
-    images, labels = _digits()
     generator = torch_generator(seed, "digit-classifier")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         classifier = DigitClassifier()
+    fit_classifier(classifier, *digits(), generator)
+    return classifier.eval()
+
+
+@torch.enable_grad()  # evaluations run without
+def fit_classifier(
+    classifier: nn.Module, images: Tensor, labels: Tensor, generator: torch.Generator
+) -> None:
+    """Trains a classifier on images ``(N, 1, 8, 8)`` in [-1, 1] and labels ``(N,)``."""
+    epochs = NUM_EPOCHS * max(1, round(FULL_SET / len(images)))  # as many updates for a part
     optimizer = torch.optim.AdamW(classifier.parameters(), lr=2e-3, weight_decay=1e-2)
-    steps = NUM_EPOCHS * (len(images) // 128)
+    steps = epochs * (len(images) // 128)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-    for _ in range(NUM_EPOCHS):
+    for _ in range(epochs):
         for rows in torch.randperm(len(images), generator=generator).split(128)[:-1]:
             batch = images[rows] + 0.1 * torch.randn(len(rows), 1, 8, 8, generator=generator)
             loss = F.cross_entropy(classifier(batch), labels[rows], label_smoothing=0.05)
@@ -88,7 +98,36 @@ def train_classifier(seed: int = 0) -> DigitClassifier:
             loss.backward()
             optimizer.step()
             schedule.step()
-    return classifier.eval()
+
+
+def store_classifier(classifier: nn.Module, path: Path) -> None:
+    """Writes a classifier's weights; nobody sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".partial-{os.getpid()}")
+    save_file(classifier.state_dict(), partial)
+    partial.replace(path)
+
+
+def fetch_classifier(classifier: nn.Module, path: Path) -> None:
+    """Reads a classifier's weights.
+
+    Raises:
+        FewstepError: if the cached file is damaged.
+    """
+    try:
+        classifier.load_state_dict(load_file(path))
+    except Exception as error:  # safetensors raises its own, undocumented, types
+        raise FewstepError(
+            f"The cached digit classifier '{path}' cannot be read ({error}). Delete the "
+            "file; it is trained again in a few seconds."
+        ) from error
+    classifier.requires_grad_(False).eval()
+
+
+def cache_folder(cache: str | None) -> Path:
+    """Where trained classifiers are kept; ``$FEWSTEP_CACHE`` or ``~/.cache/fewstep`` by default."""
+    default = os.environ.get("FEWSTEP_CACHE", "~/.cache/fewstep")
+    return Path(cache or default).expanduser()
 
 
 class DigitClassifierFeatures(Features):
@@ -102,8 +141,7 @@ class DigitClassifierFeatures(Features):
     name = "digit_classifier"
 
     def __init__(self, cache: str | None = None) -> None:
-        default = os.environ.get("FEWSTEP_CACHE", "~/.cache/fewstep")
-        self.path = Path(cache or default).expanduser() / FILE_NAME
+        self.path = cache_folder(cache) / FILE_NAME
         self.network: DigitClassifier | None = None
 
     def prepare(self) -> None:
@@ -111,11 +149,7 @@ class DigitClassifierFeatures(Features):
         if self.path.exists():
             return
         logger.info("Training the digit classifier that metrics look through (once) ...")
-        classifier = train_classifier()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial = self.path.with_suffix(f".partial-{os.getpid()}")
-        save_file(classifier.state_dict(), partial)
-        partial.replace(self.path)
+        store_classifier(train_classifier(), self.path)
 
     def load(self, device: torch.device) -> None:
         """Loads the cached classifier.
@@ -124,14 +158,8 @@ class DigitClassifierFeatures(Features):
             FewstepError: if the cached file is damaged.
         """
         network = DigitClassifier()
-        try:
-            network.load_state_dict(load_file(self.path))
-        except Exception as error:  # safetensors raises its own, undocumented, types
-            raise FewstepError(
-                f"The cached digit classifier '{self.path}' cannot be read ({error}). Delete the "
-                "file; it is trained again in a few seconds."
-            ) from error
-        self.network = network.requires_grad_(False).eval().to(device)
+        fetch_classifier(network, self.path)
+        self.network = network.to(device)
         self.sha256 = hashlib.sha256(self.path.read_bytes()).hexdigest()[:16]
 
     def identity(self) -> Hashable:

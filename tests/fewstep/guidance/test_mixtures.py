@@ -2,27 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import (
-    AnalyticDenoiser,
-    Cond,
-    DenoiserLike,
-    GaussianMixture,
-    Prediction,
-    VPSchedule,
-    ode_sample,
-)
+from fewstep.diffusion import DenoiserLike, ode_sample
 from fewstep.errors import FewstepError
 from fewstep.guidance import (
     DDIM,
     BaseStep,
     Capped,
-    Energy,
     FixedShare,
     Guidance,
     MixtureLikelihood,
@@ -33,57 +22,28 @@ from fewstep.guidance import (
     guided_sample,
 )
 
-DIM, COUNT, STD = 8, 100, 0.3
-
-
-def randn(*shape: int, seed: int) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator, dtype=torch.float64)
-
-
-DIRECTIONS = randn(8, DIM, seed=0)
-MEANS = 3 * DIRECTIONS / DIRECTIONS.norm(dim=1, keepdim=True)
-WEIGHTS = torch.tensor([0.02] + [0.14] * 7).double()  # the target is a rare mode
-MIXTURE = GaussianMixture(MEANS, torch.full((8,), STD).double(), WEIGHTS)
-SCHEDULE = VPSchedule("linear", 1e-4, 0.02, trajectory_end="clean")
-EXACT = AnalyticDenoiser(MIXTURE, SCHEDULE)
-MIXING = randn(DIM, DIM, seed=1) / DIM**0.5
-LABELS = torch.zeros(COUNT).long()
-
-
-class Features(Energy):
-    """Distance to the target in the features of a random network."""
-
-    def __call__(self, x0: Tensor, target: Tensor | None) -> Tensor:
-        assert target is not None
-        return ((torch.tanh(x0 @ MIXING) - target).square().sum(1) + 1e-20).sqrt()
-
-
-TARGET = torch.tanh(MEANS[:1] @ MIXING).expand(COUNT, -1)
-
-
-class Outcome(NamedTuple):
-    """Distance to the target, share on its mode, and distance from the nearest mode, where 1 is
-    what samples of the mixture have."""
-
-    loss: float
-    accuracy: float
-    off_mode: float
-
-
-def outcome(samples: Tensor) -> Outcome:
-    nearest, mode = torch.cdist(samples, MEANS).min(1)
-    usual = STD * (DIM - 0.5) ** 0.5
-    loss = Features()(samples, TARGET).mean()
-    share = (mode == 0).double().mean()
-    return Outcome(float(loss), float(share), float(nearest.mean()) / usual)
+from guided import (
+    COUNT,
+    DIM,
+    EXACT,
+    FEATURES,
+    LABELS,
+    MEANS,
+    MIXTURE,
+    SCHEDULE,
+    STD,
+    Features,
+    FlowMap,
+    outcome,
+    randn,
+)
 
 
 def walk(
     guidance: Guidance,
     num_steps: int,
     denoiser: DenoiserLike = EXACT,
-    target: Tensor = TARGET,
+    target: Tensor = FEATURES,
     base: BaseStep | None = None,
 ) -> Tensor:
     times, draws = SCHEDULE.spaced_times(num_steps), torch.Generator().manual_seed(9)
@@ -127,17 +87,6 @@ def test_the_published_polyak_step_diverges_on_a_cross_entropy_and_says_so(
     samples = walk(augmented_polyak(energy, strength, cap=0.1), 50, target=LABELS)
     assert outcome(samples).off_mode < 1.2
     assert samples.norm(dim=1).max() < 5
-
-
-class FlowMap:
-    """The best student there can be: it jumps along the true probability flow to clean data."""
-
-    schedule = SCHEDULE
-
-    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
-        x0 = EXACT.flow(x_t, t, torch.full_like(t, SCHEDULE.t_clean), 25)
-        alpha, sigma = self.schedule.levels(t, x_t)
-        return Prediction(x0, (x_t - alpha * x0) / sigma)
 
 
 @pytest.mark.slow

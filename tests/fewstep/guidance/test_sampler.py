@@ -189,6 +189,24 @@ def test_classifier_free_guidance_comes_on_top() -> None:
     assert all(p.requires_grad for p in denoiser.parameters())
 
 
+def test_the_unconditional_branch_can_be_left_out_of_the_gradient() -> None:
+    cond = {"level": torch.tensor([0.5, -0.5]).double()}
+    guidance, denoiser = Guidance(Distance(), Scheduled(3.0)), picture_net()
+
+    def by_hand(x_t: Tensor, t: Tensor, given: Cond | None = None) -> Prediction:
+        with_cond, without = (denoiser.raw(x_t, t, c) for c in (cond, None))
+        without = without.detach()
+        return denoiser.interpret(without + 4 * (with_cond - without), x_t, t)
+
+    by_hand.schedule = denoiser.schedule  # type: ignore[attr-defined]
+    both = pictures(slice(0, 2), guidance, denoiser=Guided(denoiser, 4.0), cond=cond)
+    one = Guided(denoiser, 4.0, detach_null=True)
+    ours = pictures(slice(0, 2), guidance, denoiser=one, cond=cond)
+    expected = pictures(slice(0, 2), guidance, denoiser=by_hand)
+    torch.testing.assert_close(ours.samples, expected.samples, rtol=0, atol=1e-10)
+    assert (ours.samples - both.samples).abs().max() > 1e-4
+
+
 def test_guiding_the_clean_estimate_asks_the_denoiser_for_no_gradient() -> None:
     asked = []
 

@@ -58,7 +58,7 @@ def test_a_classifier_that_is_sure_of_another_class_gives_a_finite_gradient() ->
 
 
 def test_a_classifier_in_training_mode_is_refused() -> None:
-    with pytest.raises(FewstepError, match=r"classifier\.eval\(\)"):
+    with pytest.raises(FewstepError, match=r"network\.eval\(\)"):
         ClassLabel(nn.Linear(3, 4).train())(X.float(), torch.zeros(5))
 
 

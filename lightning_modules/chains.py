@@ -1,0 +1,138 @@
+"""What a student's own sampler visits, read from the record in its checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fewstep.diffusion import (
+    Cond,
+    DenoiserLike,
+    PhaseSchedule,
+    consistency_sample,
+    ode_sample,
+    phased_sample,
+)
+from fewstep.diffusion.schedules import Schedule
+from fewstep.errors import FewstepError
+from fewstep.guidance import DDIM, BaseStep
+from fewstep.guidance.students import ConsistencySteps, PhasedSteps
+from fewstep.seeding import Generators
+
+Record = Mapping[str, Any]
+PLAIN_ODE: Record = {"method": "DiffusionTraining"}
+"""The record of a network that was not trained for few steps."""
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The times of one sampling chain and what is done at each.
+
+    Attributes:
+        times: descending, the end last, ``(K + 1,)`` float64.
+        renoise: whether each step jumps to the end and adds fresh noise up to the next time;
+            otherwise it goes straight to the next time.
+        stochasticity: share of the noise's variance that is fresh in a chain that goes straight.
+    """
+
+    times: Tensor
+    renoise: bool
+    stochasticity: float = 0.0
+
+    @property
+    def num_steps(self) -> int:
+        """Network evaluations without guidance."""
+        return len(self.times) - 1
+
+    def sample(
+        self,
+        denoiser: DenoiserLike,
+        noise: Tensor,
+        cond: Cond | None = None,
+        generator: Generators = None,
+    ) -> Tensor:
+        """Samples ``(B, ...)`` as the method itself does."""
+        if self.renoise:
+            return consistency_sample(denoiser, noise, cond, self.times, generator)
+        if self.stochasticity:
+            times, share = self.times, self.stochasticity
+            return phased_sample(denoiser, noise, cond, times, generator, share)
+        return ode_sample(denoiser, noise, cond, self.times)
+
+    def base(self, schedule: Schedule) -> BaseStep:
+        """The base step with which a guided walk along the times is this chain."""
+        end = self.times[-1:]
+        alpha, sigma = float(schedule.alpha(end)), float(schedule.sigma(end))
+        level = sigma / math.hypot(alpha, sigma)
+        if self.renoise:
+            return ConsistencySteps(level)
+        return PhasedSteps(self.stochasticity, level) if self.stochasticity else DDIM()
+
+
+def _consistency(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    grid = PhaseSchedule.from_config(record["phases"]).grid.times.home.flip(0)
+    if not 1 <= num_steps <= len(grid):
+        raise FewstepError(
+            f"A student on {len(grid)} grid points serves 1 to {len(grid)} steps, not {num_steps}."
+        )
+    end = schedule.t_clean if record["boundary"] == "lcm" else schedule.t_min
+    visited = grid[torch.arange(num_steps) * len(grid) // num_steps]
+    return Chain(torch.cat([visited, visited.new_tensor([end])]), renoise=True)
+
+
+def _phased(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    times = PhaseSchedule.from_config(record["phases"]).sampling_times(num_steps)
+    stochasticity = record.get("sampling", {}).get("stochasticity", 0.0)
+    return Chain(times, renoise=False, stochasticity=stochasticity if num_steps > 1 else 0.0)
+
+
+def _ode(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    return Chain(schedule.spaced_times(num_steps), renoise=False)
+
+
+def _post_trained(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    renoise = record["sampling"]["two_steps"] == "renoise"
+    return Chain(schedule.spaced_times(num_steps), renoise)
+
+
+CHAINS: dict[str, Callable[[Record, Schedule, int], Chain]] = {
+    "ConsistencyDistillation": _consistency,
+    "MotionConsistencyDistillation": _consistency,
+    "PhasedConsistencyDistillation": _phased,
+    "DiffusionTraining": _ode,
+    "AdversarialPostTraining": _post_trained,
+}
+
+
+def chain_of(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    """The chain that a checkpoint's method samples with.
+
+    Args:
+        record: the checkpoint's metadata, which has the edges; they are never recomputed from
+            ``num_steps``.
+        schedule: the student's.
+
+    Raises:
+        FewstepError: for a method whose sampling is unknown here, or a step count it cannot serve.
+    """
+    method = record["method"]
+    if method not in CHAINS:
+        raise FewstepError(
+            f"How students of {method} sample is unknown here, so they cannot be steered; it is "
+            f"known for {', '.join(CHAINS)}."
+        )
+    return CHAINS[method](record, schedule, num_steps)
+
+
+def default_steps(record: Record) -> list[int]:
+    """The step counts that a checkpoint's method serves best."""
+    if record["method"] == "PhasedConsistencyDistillation":
+        return [record["phases"]["num_phases"]]
+    if CHAINS.get(record["method"]) is _consistency:
+        return [steps for steps in (1, 2, 4, 8) if steps <= len(record["phases"]["times"])]
+    return [1, 2] if record["method"] == "AdversarialPostTraining" else [8, 25, 50]

@@ -1,0 +1,186 @@
+"""Any method's samples can be steered, and stay what they were where they are not."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fewstep.diffusion import Guided, VPSchedule
+from fewstep.errors import FewstepError
+from fewstep.guidance import (
+    ClassLabel,
+    DiffAugment,
+    Guidance,
+    Scheduled,
+    augmented_polyak,
+    freedom,
+    guided_sample,
+)
+from fewstep.guidance.noise import NoiseOptimisation
+from fewstep.seeding import torch_generator
+from lightning_modules import FewStepModule, Steering
+from lightning_modules.chains import PLAIN_ODE, chain_of
+from lightning_modules.steering import described
+
+from training_runs import method
+
+COND = {"class_labels": torch.arange(6) % 10}
+NAMES = ["teacher", "lcm", "phased", "apt"]
+
+
+def noise() -> Tensor:
+    return torch.stack(
+        [torch.randn(1, 8, 8, generator=torch_generator(0, "n", n)) for n in range(6)]
+    )
+
+
+def generators(rows: range = range(6)) -> list[torch.Generator]:
+    return [torch_generator(0, "sampler", n) for n in rows]
+
+
+def classifier() -> torch.nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        network = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))
+    return network.eval()
+
+
+ENERGY = ClassLabel(classifier())
+STRONG = freedom(ENERGY, 3.0)
+
+
+def built(name: str, **options: object) -> FewStepModule:
+    module = method(name, ema_decay=None, **options)
+    module.configure_model()
+    return module.eval()
+
+
+def steps_of(name: str) -> int:
+    return 2 if name != "teacher" else 4
+
+
+def sampled(module: FewStepModule, steps: int, steering: Steering | None = None) -> Tensor:
+    if steering is not None:
+        module.steer(steering)
+    return module.sample(noise(), COND, steps, generators())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_method_is_steered_along_its_own_chain(name: str) -> None:
+    """With a strength of zero a guided walk is the method's own sampler, up to rounding."""
+    module, steps = built(name), steps_of(name)
+    plain = sampled(module, steps)
+    idle = Steering(Guidance(ENERGY, Scheduled(0.0)), unconditional=False)
+    torch.testing.assert_close(sampled(module, steps, idle), plain, atol=2e-5, rtol=1e-4)
+    guided = sampled(module, steps, replace(idle, guidance=STRONG))
+    assert (guided - plain).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_steering_without_guidance_changes_no_bit(name: str) -> None:
+    module, steps = built(name), steps_of(name)
+    plain = sampled(module, steps)
+    assert torch.equal(sampled(module, steps, Steering(unconditional=False)), plain)
+
+
+def test_steered_samples_are_those_of_guided_sample_itself() -> None:
+    module = built("teacher")
+    steering = Steering(augmented_polyak(ENERGY, 0.1, DiffAugment(3), cap=0.2))
+    found = sampled(module, 4, steering)
+    chain = chain_of(PLAIN_ODE, VPSchedule(), 4)
+    null = {"class_labels": torch.full((6,), 10)}
+    assert steering.guidance is not None
+    wanted = guided_sample(
+        Guided(module.student, 1.0),
+        noise(),
+        null,
+        chain.times,
+        steering.guidance,  # type: ignore[arg-type]
+        COND["class_labels"],
+        generators(),
+        chain.base(VPSchedule()),
+    )
+    assert torch.equal(found, wanted.samples)
+
+
+def test_the_network_is_told_no_class_unless_it_should_be() -> None:
+    module = built("teacher")
+    blind = sampled(module, 4, Steering(None))
+    other = {"class_labels": COND["class_labels"].flip(0)}
+    assert torch.equal(module.sample(noise(), other, 4, generators()), blind)
+    module.steer(Steering(None, unconditional=False))
+    assert not torch.equal(module.sample(noise(), COND, 4, generators()), blind)
+
+
+def test_a_sample_depends_on_no_batch_mate() -> None:
+    module = built("lcm")
+    steering = Steering(augmented_polyak(ENERGY, 0.1, DiffAugment(3), cap=0.2))
+    whole = sampled(module, 2, steering)
+    parts = [
+        module.sample(noise()[rows], {"class_labels": COND["class_labels"][rows]}, 2, generators(n))
+        for rows, n in ((slice(0, 4), range(4)), (slice(4, 6), range(4, 6)))
+    ]
+    torch.testing.assert_close(torch.cat(parts), whole, atol=1e-5, rtol=1e-4)
+
+
+def test_costs_are_what_was_evaluated() -> None:
+    module = built("lcm")
+    calls: list[int] = []
+    module.student.backbone.register_forward_hook(lambda *_: calls.append(1))
+    inner = Guidance(ENERGY, Scheduled(0.1), inner_steps=2)
+    sampled(module, 2, Steering(inner))
+    cost = module.sampling_cost(2)
+    assert cost["denoiser_evaluations"] == len(calls) == 2 * 3
+    assert cost["denoiser_gradients"] == 2 * 2
+    assert cost["seconds"] > 0
+    assert module.sampling_evaluations(2) == 6
+    assert module.sampling_evaluations(4) == 4  # not sampled yet
+
+
+def test_classifier_free_guidance_counts_twice() -> None:
+    module = built("teacher", sampling_guidance=2.0)
+    sampled(module, 4, Steering(STRONG, unconditional=False))
+    assert module.sampling_evaluations(4) == 8
+    module.steer(Steering(STRONG))
+    sampled(module, 4)
+    assert module.sampling_evaluations(4) == 4  # unconditional: there is no second pass
+
+
+def test_initial_noise_can_be_optimised_instead() -> None:
+    module = built("lcm")
+    plain = sampled(module, 1, Steering(None))
+    search = NoiseOptimisation(ENERGY, Scheduled(5.0), iterations=3)
+    better = sampled(module, 1, Steering(search))
+    before, after = (ENERGY(x, COND["class_labels"]) for x in (plain, better))
+    assert (after <= before + 1e-6).all()
+    assert after.mean() < before.mean() - 0.01
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("class_label", "steering.target is 'class_label'.*Did you mean 'class_labels'"),
+        ("prompt", "ClassLabel reads no captions"),
+    ],
+)
+def test_data_that_lack_what_is_wanted_are_refused(target: str, message: str) -> None:
+    module = built("teacher")
+    with pytest.raises(FewstepError, match=message):
+        sampled(module, 4, Steering(STRONG, target))
+
+
+def test_a_steering_is_recorded_in_plain_values_that_tell_networks_apart() -> None:
+    steering = Steering(STRONG)
+    record = described(steering)
+    assert record["guidance"]["state"] == {
+        "class": "Scheduled",
+        "strength": 3.0,
+        "weight": "signal",
+    }
+    assert record["guidance"]["window"]["high"] == "inf"
+    assert described(Steering(freedom(ClassLabel(classifier()), 3.0))) == record
+    other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
+    assert described(Steering(freedom(ClassLabel(other), 3.0))) != record
