@@ -24,8 +24,9 @@ such as --trainer.max_steps 2000; --print_config shows all of them):
 other commands:
   suite      a matrix of experiments and seeds, here or on a cluster, that ends in a report
   report     one self-contained HTML page from any set of run folders
+  guidance   search: tunes training-free guidance, with equal effort for every method
   export     a student as a plain diffusers pipeline, with the scheduler that fits its training
-  gates      learnable gates on the residual branches of a pipeline: apply, merge, report
+  gates      learnable gates on residual branches: apply, merge, report, sensitivity
   shards     make, index, encode and check the shards that training data streams from
   demo       a teacher, its few-step students and their report, on this machine
 
@@ -56,6 +57,10 @@ def run(arguments: list[str]) -> None:
         from scripts.export import main as export
 
         export(arguments[1:])
+    elif command == "guidance":
+        from scripts.guidance import main as guidance
+
+        guidance(arguments[1:])
     elif command == "gates":
         from scripts.gates import main as gates
 
@@ -77,7 +82,7 @@ def run(arguments: list[str]) -> None:
 
         demo(arguments[1:])
     else:
-        known = [*EXPERIMENT_COMMANDS, "report", "export", "gates"]
+        known = [*EXPERIMENT_COMMANDS, "report", "guidance", "export", "gates"]
         known += ["shards", "submit", "suite", "demo"]
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "

@@ -37,6 +37,8 @@ from scripts.plan.step import ATTENTION, LiveMemory
 
 from tiny_pipelines import save_stable_diffusion_xl
 
+pytestmark = pytest.mark.threads
+
 EXPERIMENTS = ["digits/teacher", "digits/lcm", "digits/pcm_1_adversarial"]
 ROOT = Path(__file__).resolve().parents[2]
 Planned = tuple[Plan, FewStepModule, pl.LightningDataModule]

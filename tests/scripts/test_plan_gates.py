@@ -8,6 +8,8 @@ import pytest
 
 from scripts.main import run as fewstep
 
+pytestmark = pytest.mark.threads
+
 
 @pytest.mark.parametrize("init", ["ode", "zero"])
 def test_gates_can_be_set_in_an_experiment_and_planned(

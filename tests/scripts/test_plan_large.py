@@ -35,6 +35,8 @@ from ranks import in_group, run_ranks
 from tiny_transformers import SAVES
 from training_runs import network, teacher
 
+pytestmark = pytest.mark.threads
+
 # Stable Diffusion 3.5 Large, 38 blocks: the nearest there is to the paper's 36 and 8 billion. Its
 # table of positions, which is no parameter, is for 192 x 192 patches, and takes seconds to make.
 LARGE: dict[str, Any] = {

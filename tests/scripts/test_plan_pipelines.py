@@ -35,6 +35,8 @@ from tiny_pipelines import WIDTH, save_stable_diffusion
 from tiny_transformers import SAVES
 from training_runs import adversary
 
+pytestmark = pytest.mark.threads
+
 SIZE, FRAMES, PICTURES = 4, 3, 2
 VIT_G = "laion/CLIP-ViT-g-14-laion2B-s34B-b88K"
 

@@ -1,0 +1,162 @@
+"""Training-free guidance as a user meets it: an experiment, an option, a suite's run."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fewstep.errors import FewstepError
+from scripts.experiments import expand_steering
+from scripts.main import run
+
+METRIC = {"class_path": "fewstep.metrics.SlicedWasserstein"}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    small(tmp_path / "small.yaml")
+    return tmp_path
+
+
+def small(path: Path, metrics: list[dict[str, Any]] | None = None) -> None:
+    """A run that measures few samples on the CPU."""
+    evaluation = {"metrics": metrics or [METRIC], "num_samples": 64}
+    callbacks = [
+        {"class_path": "callbacks.Samples", "init_args": {"count": 8}},
+        {"class_path": "callbacks.Evaluation", "init_args": evaluation},
+    ]
+    path.write_text(yaml.safe_dump({"trainer": {"callbacks": callbacks, "accelerator": "cpu"}}))
+
+
+def command(name: str, experiment: str, *more: str) -> None:
+    named = ["--run.name", experiment]
+    run([name, "-c", experiment, "-c", "small.yaml", *named, *more])
+
+
+def results(run_folder: str) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((Path("runs") / run_folder / "results.json").read_text())
+    return content
+
+
+def values(run_folder: str) -> list[float]:
+    return [m["value"] for m in results(run_folder)["measurements"]]
+
+
+def test_an_experiment_that_trains_nothing_is_measured_and_drawn_at_once(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps = ["--model.init_args.step_counts", "[4]"]
+    command("fit", "guidance/analytic/polyak", *steps)
+    assert "TrainingFreeGuidance trains nothing (trainer.max_steps: 0)" in capsys.readouterr().out
+    found = results("guidance/analytic/polyak/version_0")
+    (entry,) = found["measurements"]
+    assert (found["method"], found["student_updates"]) == ("TrainingFreeGuidance", 0)
+    assert (entry["num_steps"], entry["network_evaluations"]) == (4, 4)
+    assert entry["cost"]["denoiser_gradients"] == 4
+    assert entry["cost"]["energy_evaluations"] == 4
+    assert found["source"]["steering"]["guidance"]["state"]["radius"] == 0.2
+    folder = Path("runs/guidance/analytic/polyak/version_0")
+    with (folder / "guidance.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["round"]) for row in rows] == [0, 1, 2, 3]
+    assert {row["samples"] for row in rows} == {"64"}
+    assert all(float(row["displacement"]) > 0 for row in rows[:-1])
+    assert list((folder / "samples").glob("*.png"))
+    command("fit", "guidance/analytic/polyak", *steps, "--ckpt_path", "last")
+    assert "there is nothing left to do" in capsys.readouterr().out
+    run(["report", "runs", "--out", "report.html"])
+    assert "guidance/analytic/polyak" in Path("report.html").read_text()
+
+
+def test_measuring_one_needs_no_earlier_run(here: Path) -> None:
+    command("evaluate", "guidance/analytic/dps", "--steps", "3")
+    assert [m["num_steps"] for m in results("guidance/analytic/dps/version_0")["measurements"]] == [
+        3
+    ]
+
+
+def test_an_option_steers_as_the_experiment_does_and_keeps_its_results_apart(here: Path) -> None:
+    """The same network, guidance, noise and targets: the same numbers to the last bit."""
+    command("fit", "guidance/analytic/unguided", "--model.init_args.step_counts", "[4]")
+    command("evaluate", "guidance/analytic/polyak", "--steps", "4")
+    plain = values("guidance/analytic/unguided/version_0")
+    option = ["--steps", "4", "--steering", "guidance/analytic/polyak"]
+    command("evaluate", "guidance/analytic/unguided", *option)
+    steered = "guidance/analytic/unguided+polyak/version_0"
+    assert values(steered) == values("guidance/analytic/polyak/version_0") != plain
+    assert values("guidance/analytic/unguided/version_0") == plain
+    assert results(steered)["source"]["steering"]["guidance"]["class"] == "Guidance"
+    override = ["--steering.guidance.init_args.strength", "1e-9"]
+    command("evaluate", "guidance/analytic/unguided", *option, *override)
+    assert values(steered) == pytest.approx(plain, rel=1e-4)  # and nothing of the run before it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--steering.guidance.class_path", "fewstep.guidance.polyac"], "no attribute 'polyac'"),
+        (["--steering", "guidance/analytic/polyac"], "Did you mean 'guidance/analytic/polyak'"),
+        (["--steering", "analytic/lcm"], "has no model.init_args.steering"),
+        (["--steering", "guidance/analytic/polyak", "--steering.targt", "x"], "targt"),
+    ],
+)
+def test_mistakes_are_named(here: Path, arguments: list[str], message: str) -> None:
+    with pytest.raises(FewstepError, match=message):
+        command("evaluate", "guidance/analytic/unguided", "--steps", "4", *arguments)
+
+
+def test_training_a_method_that_trains_nothing_is_refused(here: Path) -> None:
+    with pytest.raises(FewstepError, match="trains nothing, but trainer"):
+        command("fit", "guidance/analytic/dps", "--trainer.max_steps", "5")
+
+
+def test_steering_another_pipeline_is_refused(here: Path) -> None:
+    option = ["--steering", "guidance/analytic/polyak", "--samples", "somewhere"]
+    with pytest.raises(FewstepError, match="--steering guides the experiment's own networks"):
+        command("evaluate", "guidance/analytic/unguided", *option)
+
+
+def accuracy(judge: str) -> dict[str, Any]:
+    reader = "fewstep.metrics.digit_reader"
+    pair = {
+        name: {"class_path": reader, "init_args": {"part": part}}
+        for name, part in (("guide", "tuner"), ("judge", judge))
+    }
+    features = {"class_path": "fewstep.metrics.GuideAndJudge", "init_args": pair}
+    return {"class_path": "fewstep.metrics.ClassAccuracy", "init_args": {"features": features}}
+
+
+DIT = {
+    "class_path": "fewstep.networks.DiT",
+    "init_args": {"sample_size": 8, "channels": 1, "num_layers": 1, "num_heads": 2, "head_dim": 8},
+}
+START = {
+    "class_path": "fewstep.diffusion.Denoiser",
+    "init_args": {
+        "backbone": DIT,
+        "schedule": {"class_path": "fewstep.diffusion.VPSchedule"},
+        "prediction_type": "v_prediction",
+    },
+}
+
+
+def test_the_guide_is_not_taken_for_a_judge(here: Path) -> None:
+    small(here / "small.yaml", [accuracy("guide")])
+    start = ["--model.init_args.start", json.dumps(START)]
+    with pytest.raises(FewstepError, match="would judge samples by the Perceptron that guides"):
+        command("fit", "guidance/digits/dps", *start)
+
+
+def test_an_experiments_steering_is_merged_from_its_files() -> None:
+    expanded, name = expand_steering(["evaluate", "--steering", "guidance/digits/mpgd", "--x", "1"])
+    assert (name, expanded[0], expanded[2:]) == ("mpgd", "evaluate", ["--x", "1"])
+    steering = json.loads(expanded[1].removeprefix("--steering="))
+    assert steering["guidance"]["class_path"] == "fewstep.guidance.mpgd"
+    inline, name = expand_steering(["--steering", '{"target": null}'])
+    assert (inline, name) == (['--steering={"target": null}'], "steered")
