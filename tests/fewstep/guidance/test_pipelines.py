@@ -117,7 +117,11 @@ LATE = Window(high=999)
 IDLE = Guidance(Near(-1.0), Scheduled(0.0, "score"), window=LATE)
 
 
-@pytest.mark.parametrize("name", sorted(CALLS))
+VIDEOS = ("animatediff", "ltx", "modelscope")
+EVERY = [pytest.param(n, marks=pytest.mark.slow if n in VIDEOS else ()) for n in sorted(CALLS)]
+
+
+@pytest.mark.parametrize("name", EVERY)
 def test_without_strength_a_pipeline_is_as_it_was_to_the_bit(pipeline: Any, name: str) -> None:
     pipe = pipeline(name)
     before = run(pipe, name)
@@ -132,6 +136,7 @@ def test_without_strength_a_pipeline_is_as_it_was_to_the_bit(pipeline: Any, name
     assert torch.equal(run(pipe, name), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(CALLS))
 def test_the_loss_of_the_decoded_sample_falls(pipeline: Any, name: str) -> None:
     pipe, losses = pipeline(name), []
@@ -190,6 +195,7 @@ SCHEDULERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind", "options"), SCHEDULERS)
 def test_all_kinds_of_schedulers_lead_to_a_lower_loss(
     pipeline: Any, name: str, kind: Any, options: dict[str, Any]

@@ -46,7 +46,7 @@ def untrained_cache(folder: Path) -> DigitClassifierFeatures:
 
 
 def test_the_classifier_knows_its_digits(features: DigitClassifierFeatures) -> None:
-    images, labels = digit_classifier._digits()
+    images, labels = digit_classifier.digits()
     assert images.shape == (1797, 1, 8, 8)
     assert (images.min(), images.max()) == (-1, 1)
     assert features.network is not None
@@ -56,7 +56,7 @@ def test_the_classifier_knows_its_digits(features: DigitClassifierFeatures) -> N
 
 
 def test_features_are_what_the_classifier_decides_by(features: DigitClassifierFeatures) -> None:
-    images, labels = digit_classifier._digits()
+    images, labels = digit_classifier.digits()
     found = features(numbered(images[:20]))["features"]
     assert found.shape == (20, features.protocol()["dimensions"])
     assert not found.requires_grad
@@ -66,7 +66,7 @@ def test_features_are_what_the_classifier_decides_by(features: DigitClassifierFe
 
 
 def test_it_looks_at_8_bit_values_in_full_precision(features: DigitClassifierFeatures) -> None:
-    images, _ = digit_classifier._digits()
+    images, _ = digit_classifier.digits()
     found = features(numbered(images[:8]))["features"]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(features(numbered(images[:8] + 0.003))["features"], found)
@@ -75,7 +75,7 @@ def test_it_looks_at_8_bit_values_in_full_precision(features: DigitClassifierFea
 
 
 def test_distances_see_wrong_digits_and_not_the_order(features: DigitClassifierFeatures) -> None:
-    images, _ = digit_classifier._digits()
+    images, _ = digit_classifier.digits()
     metric = FrechetDistance(features)
     (reference,) = collect([metric], map(numbered, images.split(256)))
 
@@ -97,7 +97,7 @@ def test_the_classifier_is_trained_once_and_then_cached(
     again.prepare()
     again.load(CPU)
     assert again.protocol() == features.protocol()
-    images, _ = digit_classifier._digits()
+    images, _ = digit_classifier.digits()
     few = numbered(images[:8])
     assert torch.equal(again(few)["features"], features(few)["features"])
 

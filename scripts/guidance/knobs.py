@@ -1,0 +1,75 @@
+"""Which numbers of a guidance are searched over, and from where to where."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from fewstep.errors import FewstepError
+from fewstep.guidance import Guidance, Knob
+from fewstep.guidance.knobs import configured, read_number, with_number
+
+
+def strengths(guidance: Guidance) -> list[str]:
+    """The fields called strength of a guidance's step rules, such as ``state.rule.strength``."""
+    found: list[str] = []
+
+    def look(thing: Any, path: str) -> None:
+        for field in fields(thing) if is_dataclass(thing) else ():
+            inner = getattr(thing, field.name)
+            if field.name == "strength":
+                found.append(f"{path}.strength")
+            elif is_dataclass(inner):
+                look(inner, f"{path}.{field.name}")
+
+    look(guidance.state, "state")
+    look(guidance.clean, "clean")
+    return found
+
+
+def chosen_knobs(
+    guidance: Guidance, names: str | None, begin: float, factor: float, trials: int
+) -> list[Knob]:
+    """The knobs of a search, each with its first value in place of a start.
+
+    Args:
+        names: fields with commas between; all strengths by default.
+        begin: the first value, as a multiple of the guidance's own. What counts something starts
+            where it is.
+        factor: from one value to the next.
+        trials: settings that will be tried, which a line has as many values as.
+
+    Raises:
+        FewstepError: if there is no such number, or the range leads nowhere.
+    """
+    if trials < 1 or begin <= 0:
+        raise FewstepError(
+            f"A search has 1 trial or more and begins above 0; got trials: {trials}, begin: "
+            f"{begin:g}."
+        )
+    asked = names.split(",") if names else strengths(guidance)
+    if not asked:
+        raise FewstepError(
+            "This guidance has no rule with a strength; name the numbers to search over with "
+            "--knobs, such as --knobs recurrence.count."
+        )
+    return [_knob(guidance, one.strip(), begin, factor, trials) for one in asked]
+
+
+def first_value(guidance: Guidance, field: str, begin: float) -> float:
+    """Where a number's search begins."""
+    value = read_number(guidance, field)
+    counts = read_number(with_number(guidance, field, 2.4), field) == 2
+    return value if counts else value * begin
+
+
+def started(guidance: Guidance, knobs: Sequence[Knob], begin: float) -> Guidance:
+    """The guidance with each number where its search begins."""
+    first = {knob.field: first_value(guidance, knob.field, begin) for knob in knobs}
+    return configured(guidance, first)
+
+
+def _knob(guidance: Guidance, field: str, begin: float, factor: float, trials: int) -> Knob:
+    first = first_value(guidance, field, begin)
+    return Knob(field, first * factor ** (trials - 1), factor)

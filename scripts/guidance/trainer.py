@@ -1,0 +1,123 @@
+"""A trainer whose one command is a search."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning.pytorch as pl
+
+from callbacks import Evaluation, Samples
+from fewstep.errors import FewstepError
+from fewstep.guidance import Guidance, Judge
+from fewstep.guidance.freezing import modules_within
+from fewstep.guidance.judge import refuse_guide_as_judge
+from fewstep.metrics.classifiers import fingerprint
+from lightning_modules import FewStepModule
+from lightning_modules.steering import Steering
+from scripts.guidance.knobs import chosen_knobs, started
+from scripts.guidance.overlay import Overlay
+from scripts.guidance.searching import Search, SearchCallback
+from scripts.trainer import FewstepTrainer
+
+
+class SearchTrainer(FewstepTrainer):
+    """Sets a run up as an evaluation does, and searches in its place.
+
+    Attributes:
+        model_config: how the configuration names the model and what guides it.
+    """
+
+    model_config: dict[str, Any]
+
+    def search(
+        self,
+        model: FewStepModule,
+        datamodule: pl.LightningDataModule | None = None,
+        ckpt_path: str | None = None,
+        tuner: Judge | None = None,
+        steps: list[int] | None = None,
+        trials: int = 6,
+        num_samples: int = 128,
+        begin: float = 0.25,
+        factor: float = 2.0,
+        knobs: str | None = None,
+        max_distance: float | None = None,
+        seed: int = 1000,
+        name: str | None = None,
+    ) -> None:
+        """Tune the strength of training-free guidance by a tuner's word.
+
+        Args:
+            ckpt_path: Checkpoint file or run folder; the experiment's newest by default.
+            tuner: Scores samples; neither the guide nor a judge of the results.
+            steps: Sampling step counts; the score is the mean over them.
+            trials: Settings to try.
+            num_samples: Samples of each at each number of steps.
+            begin: The first setting, as a multiple of the experiment's numbers.
+            factor: By which the next is larger.
+            knobs: Fields of the guidance, with commas between; all strengths by default.
+            max_distance: How much farther from data than unguided samples a winner's may be.
+            seed: Seed of the noise.
+            name: Folder of the search.
+        """
+        steering = _steering(model)
+        guidance = cast(Guidance, steering.guidance)
+        tuner = self._checked_tuner(tuner, guidance)
+        chosen = chosen_knobs(guidance, knobs, begin, factor, trials)
+        counts = steps or model.step_counts()
+        folder = name or "_".join(map(str, counts)) + "_steps"
+        search = Search(
+            steering=replace(steering, guidance=started(guidance, chosen, begin)),
+            knobs=chosen,
+            overlay=Overlay.of(self.model_config, [knob.field for knob in chosen]),
+            tuner=tuner,
+            steps=counts,
+            trials=trials,
+            samples=num_samples,
+            max_distance=max_distance,
+            seed=seed,
+            folder=Path(self.default_root_dir).parent / "search" / folder,
+        )
+        measuring = (Evaluation, Samples)
+        own = cast(Any, self)
+        own.callbacks = [c for c in own.callbacks if not isinstance(c, measuring)]
+        own.callbacks.append(SearchCallback(search))
+        self._run_validation(model, datamodule, ckpt_path)
+
+    def _checked_tuner(self, tuner: Judge | None, guidance: Guidance) -> Judge:
+        """The tuner, if it is neither guide nor judge."""
+        if tuner is None:
+            raise FewstepError(
+                "A search needs a tuner to score samples by: give --tuner.class_path, such as "
+                "fewstep.guidance.tuners.ClassTuner with --tuner.init_args.classifier, or put it "
+                "into a search.yaml in the experiment's folder."
+            )
+        refuse_guide_as_judge(tuner, guidance.energy)
+        names = {fingerprint(one): type(one).__name__ for one in modules_within(tuner)}
+        for callback in cast(Any, self).callbacks:
+            for metric in callback.metrics if isinstance(callback, Evaluation) else []:
+                taken = [names[one] for one in metric.judges if one in names]
+                if taken:
+                    raise FewstepError(
+                        f"The tuner's {taken[0]} is the judge of this experiment's "
+                        f"{type(metric).__name__}. A judge that chose a strength cannot measure "
+                        "what came of it: tune with a third network."
+                    )
+        return tuner
+
+
+def _steering(model: FewStepModule) -> Steering:
+    """How the experiment steers.
+
+    Raises:
+        FewstepError: if it does not, or by something that has no knobs.
+    """
+    steering = None if model.steered is None else model.steered.steering
+    if steering is None or not isinstance(steering.guidance, Guidance):
+        raise FewstepError(
+            "This experiment has no guidance to search for. Give one that does, such as "
+            "guidance/digits/few_polyak; the search of initial noise has no strength to double."
+        )
+    return steering
