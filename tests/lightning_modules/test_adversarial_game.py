@@ -163,6 +163,7 @@ def dirac_paths(perturbations: Callable[[], Tensor], updates: int = 2000) -> Ten
     return torch.stack(path)
 
 
+@pytest.mark.slow
 def test_dirac_gans_of_all_strengths_end_where_they_are_known_to() -> None:
     """Here the approximated penalty is exactly ``sigma**2 psi**2``, on average over its draws."""
     sizes = torch.tensor(list(RADII), dtype=torch.float64).sqrt()[:, None]

@@ -106,8 +106,15 @@ def test_a_run_killed_at_any_moment_of_saving_is_resumable(
     assert all(p.isfinite().all() for p in saved.denoiser.parameters())
 
 
-@pytest.mark.parametrize("there", ["single", "ddp", "fsdp"])
-@pytest.mark.parametrize(("kind", "world"), [("single", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 4)])
+FAST = {("single", 1, "fsdp"), ("fsdp", 4, "ddp")}
+WAYS = [
+    pytest.param(kind, world, there, marks=() if (kind, world, there) in FAST else pytest.mark.slow)
+    for kind, world in [("single", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 4)]
+    for there in ("single", "ddp", "fsdp")
+]
+
+
+@pytest.mark.parametrize(("kind", "world", "there"), WAYS)
 def test_a_checkpoint_is_loaded_into_any_number_of_ranks(
     tmp_path: Path, there: str, kind: str, world: int
 ) -> None:

@@ -122,7 +122,7 @@ def distil_tabular(num_phases: int, shift_edge: bool = False) -> float:
     return worst
 
 
-@pytest.mark.parametrize("num_phases", [4, 8])
+@pytest.mark.parametrize("num_phases", [4, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_tabular_student_reaches_the_composition_of_the_teachers_steps(
     num_phases: int, float64: None
 ) -> None:

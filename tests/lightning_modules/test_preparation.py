@@ -97,7 +97,10 @@ def test_a_frozen_teacher_in_half_precision_teaches_about_the_same(
         assert losses[0] == pytest.approx(exact[1][0], rel=0.05, abs=1e-3)
 
 
-@pytest.mark.parametrize(("kind", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2), ("hybrid", 4)])
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [("single", 1), ("ddp", 2), ("fsdp", 2), pytest.param("hybrid", 4, marks=pytest.mark.slow)],
+)
 def test_mixed_precision_keeps_float32_weights_and_about_the_same_losses(
     kind: str, world: int
 ) -> None:

@@ -117,8 +117,8 @@ LATE = Window(high=999)
 IDLE = Guidance(Near(-1.0), Scheduled(0.0, "score"), window=LATE)
 
 
-VIDEOS = ("animatediff", "ltx", "modelscope")
-EVERY = [pytest.param(n, marks=pytest.mark.slow if n in VIDEOS else ()) for n in sorted(CALLS)]
+HEAVY = ("animatediff", "ltx", "modelscope")
+EVERY = [pytest.param(n, marks=pytest.mark.slow if n in HEAVY else ()) for n in sorted(CALLS)]
 
 
 @pytest.mark.parametrize("name", EVERY)

@@ -165,7 +165,7 @@ def test_exact_guidance_reaches_the_posterior_and_the_point_estimate_does_not(se
     assert problem.residual(*laws[100][1]) < 0.4 * expected
 
 
-@pytest.mark.parametrize("seed", [1, 2])
+@pytest.mark.parametrize("seed", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_time_travel_keeps_the_limit_of_exact_guidance_and_mends_much_of_a_bias(
     seed: int,
 ) -> None:

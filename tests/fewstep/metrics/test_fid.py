@@ -145,6 +145,7 @@ def test_fid_agrees_with_torchmetrics(few: Measured, inception_weights: Path) ->
     assert few.value(0)["fid"] == pytest.approx(float(theirs.compute()), rel=1e-3)
 
 
+@pytest.mark.slow
 def test_statistics_of_features_agree_with_torch_fidelity(few: Measured) -> None:
     gaussian, rows = few.statistics[0][0], few.statistics[0][1]
     assert isinstance(gaussian, GaussianStatistics)
