@@ -48,7 +48,7 @@ def refuse_guide_as_judge(judge: Judge, energy: Energy) -> None:
     Raises:
         FewstepError: if the judge is or holds the energy, or if they share a network.
     """
-    # By its ancestors: a class whose making was refused shares the caches of isinstance() with them.
+    # By its ancestors, as a class whose making was refused shares their caches of isinstance().
     ancestors = type(judge).__mro__
     if Judge not in ancestors or Energy in ancestors:
         raise FewstepError(
