@@ -67,6 +67,7 @@ def test_the_penalty_comes_every_so_many_updates_and_the_gates_excess_at_each() 
     assert len({one["train/gate_excess"] for one in logged}) == 4
 
 
+@pytest.mark.slow
 def test_a_weight_of_zero_changes_no_bit() -> None:
     plain, logged = fit(2)
     other, _ = fit(2, sensitivity=SensitivityPenalty())

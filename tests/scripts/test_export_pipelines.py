@@ -284,6 +284,7 @@ def test_times_stand_in_the_call_only_where_no_scheduler_finds_them(
         assert not says(name, r"(timesteps|sigmas)=\[")
 
 
+@pytest.mark.slow
 def test_a_card_names_the_method_and_all_that_it_was_trained_with(
     made_of: Callable[[str], Made],
 ) -> None:
