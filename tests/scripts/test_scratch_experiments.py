@@ -74,7 +74,7 @@ def trains(folder: Path, experiment: str) -> None:
 
 
 @pytest.mark.threads
-@pytest.mark.parametrize("experiment", [ENCODED, "imagenet/rdm_uvit", "ucf101/rdm"])
+@pytest.mark.parametrize("experiment", [ENCODED])
 def test_an_experiment_is_planned_trains_and_draws(here: Path, experiment: str) -> None:
     trains(here, experiment)
 
