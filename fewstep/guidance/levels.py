@@ -30,7 +30,7 @@ class SchedulerSteps:
         prediction_type: what its network predicts.
 
     Raises:
-        FewstepError: if the scheduler has no such levels, or no run has begun.
+        FewstepError: if the scheduler has no such levels or clips samples, or no run has begun.
     """
 
     def __init__(self, scheduler: Any) -> None:
@@ -43,6 +43,7 @@ class SchedulerSteps:
             )
         if not flow and getattr(scheduler, "alphas_cumprod", None) is None:
             raise _unknown(scheduler)
+        _refuse_clipping(scheduler)
         self.prediction_type: PredictionType = "flow_prediction" if flow else _prediction(scheduler)
         times = scheduler.timesteps.detach().double().cpu()
         levels = _ratios(scheduler, times) if flow or _has_sigmas(scheduler) else None
@@ -70,6 +71,18 @@ class SchedulerSteps:
                 f"time; the nearest is {nearest.t:g}. Is the scheduler another pipeline's?"
             )
         return nearest
+
+
+def _refuse_clipping(scheduler: Any) -> None:
+    """What is clipped loses its shift, and DDIM, whose noise keeps it, then steps the wrong way."""
+    for option in ("clip_sample", "thresholding"):
+        if scheduler.config.get(option):
+            name = type(scheduler).__name__
+            raise FewstepError(
+                f"The pipeline's {name} clips clean samples ({option}), and guidance is lost or "
+                "turned round where it does. Set pipe.scheduler = "
+                f"{name}.from_config(pipe.scheduler.config, {option}=False)."
+            )
 
 
 def _unknown(scheduler: Any) -> FewstepError:

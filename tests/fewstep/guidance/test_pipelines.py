@@ -215,7 +215,7 @@ def test_levels_are_those_that_the_schedulers_noise_samples_with() -> None:
     betas = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     x0, noise = torch.randn(2, 1, 3, 4, 4).double()
     for kind in (DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler):
-        scheduler = kind(**betas)
+        scheduler = kind(**betas, **({"clip_sample": False} if kind is DDIMScheduler else {}))
         scheduler.set_timesteps(5)
         schedule = SchedulerSteps(scheduler)
         assert len(schedule.steps) == 5
@@ -230,6 +230,17 @@ def test_levels_are_those_that_the_schedulers_noise_samples_with() -> None:
             )
     with pytest.raises(FewstepError, match="no such time"):
         schedule.at(400.0)
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [DDIMScheduler(clip_sample=True), DPMSolverMultistepScheduler(thresholding=True)],
+    ids=["clip_sample", "thresholding"],
+)
+def test_schedulers_that_clip_are_refused(scheduler: Any) -> None:
+    scheduler.set_timesteps(5)
+    with pytest.raises(FewstepError, match=r"(clip_sample|thresholding)=False"):
+        SchedulerSteps(scheduler)
 
 
 def test_checkpointing_changes_no_sample(pipeline: Any) -> None:
