@@ -64,16 +64,15 @@ class SteeredRoles(RecordedRoles):
             cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
         network, record = getattr(self, role), self.record(role)
         given = in_float32(cond or {})
-        scale = self.guidance_scale(role)
         if steering.unconditional:
-            given, scale = null_of(network.backbone, given), 1.0
+            given = null_of(network.backbone, given)
         told = record.get("sampling", {}).get("embedded_guidance")
         name = network.backbone.guidance_input
         if told is not None and name is not None:
             size: int = network.backbone.config["guidance_embedding_dim"]
             given[name] = guidance_embedding(noise.new_full((len(noise),), told), size)
         return self.steered.sample(
-            Guided(network, scale),
+            Guided(network, self.guidance_scale(role)),
             noise,
             given or None,
             target,
@@ -84,6 +83,12 @@ class SteeredRoles(RecordedRoles):
         )
 
     # ------------------------------------------------------------------ what callbacks ask
+
+    def guidance_scale(self, role: str | None = None) -> float:
+        """The scale of classifier-free guidance; 1 where the network is given no condition."""
+        if self.steered is not None and self.steered.steering.unconditional:
+            return 1.0
+        return super().guidance_scale(role)
 
     def sampling_evaluations(self, num_steps: int, role: str | None = None) -> int:
         """Network evaluations a sample; of steered ones as counted, once some were made."""

@@ -109,6 +109,11 @@ class TrainingFreeGuidance(FewStepModule):
         """What was chosen, or what the network serves."""
         return self.measured_steps or default_steps(self.record("student"))
 
+    def steering_record(self) -> dict[str, Any]:
+        """With the network that is steered, so that no other's results are taken for its own."""
+        start = dict(self.provenance.get("start", {}))
+        return {**super().steering_record(), "start": start, "weights": self.role}
+
     def method_metadata(self) -> dict[str, Any]:
         return {"start": dict(self.record("student")).get("method")}
 

@@ -21,7 +21,7 @@ from fewstep.guidance import (
 )
 from fewstep.guidance.noise import NoiseOptimisation
 from fewstep.seeding import torch_generator
-from lightning_modules import FewStepModule, Steering
+from lightning_modules import FewStepModule, Steering, TrainingFreeGuidance
 from lightning_modules.chains import PLAIN_ODE, chain_of
 from lightning_modules.steering import described
 
@@ -184,3 +184,24 @@ def test_a_steering_is_recorded_in_plain_values_that_tell_networks_apart() -> No
     assert described(Steering(freedom(ClassLabel(classifier()), 3.0))) == record
     other = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).eval()
     assert described(Steering(freedom(ClassLabel(other), 3.0))) != record
+
+
+def test_the_recorded_scale_is_the_one_that_was_sampled_with() -> None:
+    module = built("teacher", sampling_guidance=3.0)
+    assert module.guidance_scale() == 3
+    module.steer(Steering(STRONG, unconditional=False))
+    assert module.guidance_scale() == 3
+    module.steer(Steering(STRONG))  # told no condition, there is nothing to be free of
+    assert module.guidance_scale() == 1
+    sampled(module, 4)
+    assert module.sampling_evaluations(4) == 4
+
+
+def test_results_tell_the_steered_networks_apart() -> None:
+    records = []
+    for name in ("teacher", "lcm"):
+        module = TrainingFreeGuidance("unused", Steering(STRONG))
+        module.provenance["start"] = {"path": name}
+        records.append(module.steering_record())
+    assert records[0] != records[1]
+    assert records[0]["start"] == {"path": "teacher"}
