@@ -14,6 +14,7 @@ from lightning.pytorch.callbacks import Callback
 
 from callbacks.console import say
 from callbacks.generation import Cell, Scene
+from callbacks.judges import check_judges
 from callbacks.matrix import Matrix
 from callbacks.reference_sets import Against, ReferenceSets, check_against
 from callbacks.results import Measurement, check_names, write_results
@@ -196,7 +197,8 @@ class Evaluation(Callback):
             numbers["num_samples_in_training"] = self.num_samples_in_training
         for option, number in numbers.items():
             self._check_number(option, number)
-        self._check_steering(scene)
+        check_judges(self.metrics, scene.module)
+        self._check_conditions(scene)
         demanding = [type(metric).__name__ for metric in self.metrics if metric.needs_prompts]
         finished = isinstance(scene.module, FinishedSet)  # whose samples have their own prompts
         if finished or not demanding:
@@ -208,17 +210,9 @@ class Evaluation(Callback):
                 "`metrics`."
             )
 
-    def _check_steering(self, scene: Scene) -> None:
-        """Looks for conditions that metrics need, and for judges that took part in sampling."""
-        guides = scene.module.guides() if isinstance(scene.module, SteeredSampler) else {}
+    def _check_conditions(self, scene: Scene) -> None:
+        """Looks for conditions that metrics need."""
         for metric in self.metrics:
-            taken = [metric.judges[one] for one in metric.judges if one in guides]
-            if taken:
-                raise FewstepError(
-                    f"{type(metric).__name__} would judge samples by the {taken[0]} that guides "
-                    "them, so it would find whatever the guide put there. Give it a judge of "
-                    "another kind, or one that was trained on other data."
-                )
             for name in metric.needs_conditions:
                 known = scene.data.reference_conditions(range(1)).cond
                 if name not in known:
@@ -251,6 +245,8 @@ class Evaluation(Callback):
         for features in share_features(self.metrics):
             place = features.to if self._loaded else features.load
             on_every_rank(scene.trainer, partial(place, device))
+        if not self._loaded:  # networks are known once they are there
+            on_every_rank(scene.trainer, partial(check_judges, self.metrics, scene.module))
         self._loaded = True
 
     def _make_room(self, pl_module: pl.LightningModule) -> None:

@@ -16,6 +16,13 @@ from fewstep.errors import FewstepError
 PREFIX = "train/"
 NORM = "_grad_norm"
 NEVER = 2**62  # beyond any update
+EXIT_STATUS = 4  # of a run that stops for such losses
+
+
+class DivergedError(FewstepError):
+    """Losses or gradients are no numbers any more."""
+
+    status = EXIT_STATUS
 
 
 class FiniteLosses(Callback):
@@ -32,7 +39,7 @@ class FiniteLosses(Callback):
         every_n_updates: updates between looks.
 
     Raises:
-        FewstepError: on all ranks, naming the update, what was not finite and how to go on.
+        DivergedError: on all ranks, naming the update, what was not finite and how to go on.
     """
 
     def __init__(self, max_skipped: int = 0, every_n_updates: int = 50) -> None:
@@ -112,7 +119,7 @@ class FiniteLosses(Callback):
         self.skipped += count
         named = [name for name, wrong in zip(self._names, what, strict=True) if wrong]
         if self.skipped > self.max_skipped:
-            raise FewstepError(self._message(trainer, pl_module, first, named))
+            raise DivergedError(self._message(trainer, pl_module, first, named))
         for logger in trainer.loggers:
             logger.log_metrics({"train/skipped_updates": self.skipped}, step=trainer.global_step)
         say(

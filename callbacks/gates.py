@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import math
-from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from callbacks.pictures import save_picture
 from callbacks.together import on_first_rank
 from fewstep.errors import FewstepError
 from fewstep.networks.gates import gate_parameters, gate_tensors, gate_values
-from fewstep.networks.gates.sensitivity import sensitivity
 from fewstep.networks.gates.streams import (
     StreamNorms,
     gate_places,
@@ -58,13 +56,9 @@ class GateReport(Callback):
     - ``stream``: the root mean square of what the gate's block is given;
     - ``ratio``: that of what the block adds, modulation and gates included, relative to it. Blocks
       with the smallest could go first, see :func:`fewstep.networks.gates.surgery.prune`;
-    - ``gradient``: the norm of the loss's gradient by what the block is given. It is about the same
-      at all depths where a network is as sensitive to its first blocks as to its last.
-
-    The loggers are also told ``gates/growth/...``, how much larger the stream is behind the last
-    block than in front of the first, and ``gates/amplification/...``, how much larger the gradient
-    is in front of the first than behind the last, see
-    :class:`fewstep.networks.gates.sensitivity.Sensitivity`.
+    - ``gradient``: that of the loss's gradient by what the block is given. It is about the same at
+      all depths where a network is as sensitive to its first blocks as to its last;
+      :class:`~callbacks.Sensitivity` logs how far it is not.
 
     What is of streams is of the first rank's first micro-batch of the update, and empty for blocks
     that have no stream of their own, such as those that change the size. Of networks with compiled
@@ -133,9 +127,8 @@ class GateReport(Callback):
             for name, role in self._roles.items()
             for row in _rows(trainer.global_step, name, role, self._streams.get(name, []))
         ]
-        depths = _depth_scalars(self._streams)
         self._streams = {}
-        on_first_rank(trainer, lambda: self._report(trainer, rows, depths))
+        on_first_rank(trainer, lambda: self._report(trainer, rows))
 
     def on_exception(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException
@@ -146,7 +139,7 @@ class GateReport(Callback):
     def _due(self, trainer: pl.Trainer, update: int) -> bool:
         return update % self.every_n_updates == 0 or update == trainer.max_steps
 
-    def _report(self, trainer: pl.Trainer, rows: list[Row], depths: dict[str, float]) -> None:
+    def _report(self, trainer: pl.Trainer, rows: list[Row]) -> None:
         folder, update = Path(trainer.default_root_dir) / FOLDER, trainer.global_step
         with explained_when_full(folder), (folder / FILE_NAME).open("a", encoding="utf-8") as file:
             file.write(_lines(rows))
@@ -157,7 +150,7 @@ class GateReport(Callback):
             if row[kind] is not None
         }
         for logger in trainer.loggers:
-            logger.log_metrics(scalars | depths, step=update)
+            logger.log_metrics(scalars, step=update)
         for name in self._roles if self.pictures else ():
             own = [row for row in rows if row["role"] == name]
             series = {title: [_shown(row[kind]) for row in own] for kind, title in TITLES.items()}
@@ -205,18 +198,6 @@ def _rows(update: int, name: str, role: nn.Module, streams: list[StreamNorms]) -
         }
         rows.append(row)
     return rows
-
-
-def _depth_scalars(streams: Mapping[str, list[StreamNorms]]) -> dict[str, float]:
-    """What the loggers are told of each role's sensitivity to its depth."""
-    found: dict[str, float] = {}
-    for name, own in streams.items():
-        if any(norms.side == "sample" for norms in own):
-            whole = sensitivity(own)
-            found[f"gates/growth/{name}"] = whole.growth
-            if whole.amplification is not None:
-                found[f"gates/amplification/{name}"] = whole.amplification
-    return found
 
 
 def _shown(value: float | None) -> float | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast
@@ -13,7 +14,13 @@ from torch import Tensor
 
 from callbacks.preemption import leave_if_requested
 from callbacks.together import on_every_rank
-from fewstep.contracts import Batch, FewStepSampler, FinishedSet, ReferenceData
+from fewstep.contracts import (
+    Batch,
+    FewStepSampler,
+    FinishedSet,
+    ReferenceData,
+    SteeredSampler,
+)
 from fewstep.errors import FewstepError
 from fewstep.metrics import Collection, Metric, Ranks, Samples, Statistics, merged, numbers_of
 from fewstep.seeding import torch_generator
@@ -21,11 +28,17 @@ from fewstep.seeding import torch_generator
 
 @dataclass(frozen=True)
 class Cell:
-    """One cell of the evaluation's matrix: whose weights, how many steps, which noise."""
+    """One cell of the evaluation's matrix: whose weights, how many steps, which noise.
+
+    Attributes:
+        plain: whether it is sampled without training-free guidance in a run that has it, as a
+            reference is.
+    """
 
     role: str
     num_steps: int
     seed: int
+    plain: bool = False
 
     def described(self) -> str:
         """What its samples are called in messages."""
@@ -80,6 +93,11 @@ class Scene:
             )
         return data
 
+    def reference_cell(self, role: str, num_steps: int, seed: int) -> Cell:
+        """A cell that others are compared with: what the method makes without being steered."""
+        steered = isinstance(self.module, SteeredSampler) and self.module.is_steered()
+        return Cell(role, num_steps, seed, plain=steered)
+
     def num_batches(self, num_samples: int) -> int:
         """How many batches each rank makes for so many samples."""
         world = self.trainer.world_size
@@ -107,7 +125,7 @@ class Scene:
             if failure is not None:
                 continue
             try:
-                samples = self._batch(cell, numbers)
+                samples = self._batch(cell, numbers, counts)
             except Exception as error:  # raised when the others are through
                 failure = error
                 continue
@@ -115,8 +133,10 @@ class Scene:
                 yield samples
         if failure is not None:
             raise failure
+        if isinstance(self.module, SteeredSampler):
+            self.module.check_guidance()
 
-    def _batch(self, cell: Cell, numbers: Sequence[int]) -> Samples:
+    def _batch(self, cell: Cell, numbers: Sequence[int], counts: bool) -> Samples:
         sampler, device = self.sampler, self.module.device
         # Drawn on the CPU, so that the noise is the same on every kind of device.
         sources = [torch_generator(cell.seed, "evaluation-noise", n) for n in numbers]
@@ -124,7 +144,10 @@ class Scene:
         conditions = self.data.reference_conditions(numbers)
         cond = {name: value.to(device) for name, value in conditions.cond.items()}
         generators = [torch_generator(cell.seed, "evaluation-sampler", n) for n in numbers]
-        with torch.no_grad(), self.trainer.precision_plugin.val_step_context():
+        mode: AbstractContextManager[None] = nullcontext()
+        if isinstance(self.module, SteeredSampler):
+            mode = self.module.sampling_as(cell.plain, counts)
+        with torch.no_grad(), self.trainer.precision_plugin.val_step_context(), mode:
             x0 = sampler.sample(
                 noise.to(device),
                 cond or None,

@@ -101,7 +101,8 @@ class Matrix:
         most = max(c.num_steps for c in cells if (c.role, c.seed) == (cell.role, cell.seed))
         partners = {f"_to_{most}_steps": Cell(cell.role, most, cell.seed)}
         if "teacher" in self.scene.sampler.sampling_roles():
-            partners["_to_teacher"] = Cell("teacher", self.references.teacher_steps, cell.seed)
+            steps = self.references.teacher_steps
+            partners["_to_teacher"] = self.scene.reference_cell("teacher", steps, cell.seed)
         return {suffix: other for suffix, other in partners.items() if other != cell}
 
     def _values(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from callbacks.generation import Cell, Scene
+from callbacks.generation import Scene
 from callbacks.preemption import leave_if_requested
 from callbacks.together import on_first_rank
 from fewstep.errors import FewstepError
@@ -84,7 +84,7 @@ class ReferenceSets:
         if against == "data":
             return scene.recorded(), "records of the reference set"
         check_against(scene, against)
-        cell = Cell("teacher", self.teacher_steps, TEACHER_SEED)
+        cell = scene.reference_cell("teacher", self.teacher_steps, TEACHER_SEED)
         return scene.generated(cell, self.teacher_samples), cell.described()
 
     def describe(self, scene: Scene, against: Against) -> dict[str, Any]:

@@ -13,7 +13,8 @@ from torch import Tensor
 from callbacks.clips import ClipFormat, clip, encode, strip
 from callbacks.logged import log_clip, log_picture
 from callbacks.pictures import as_pixels, picture, save_picture
-from fewstep.contracts import FewStepSampler, ReferenceData
+from callbacks.together import on_every_rank
+from fewstep.contracts import FewStepSampler, ReferenceData, SteeredSampler
 from fewstep.seeding import torch_generator
 
 __all__ = ["PROMPTS_FILE", "Samples", "picture", "save_picture"]
@@ -146,6 +147,8 @@ class Samples(Callback):
             if trainer.is_global_zero:
                 width = self.max_clip_width if decoded.ndim == 5 else self.max_picture_width
                 made.append(decoded if points else as_pixels(decoded, self.columns, width))
+        if isinstance(pl_module, SteeredSampler):
+            on_every_rank(trainer, pl_module.check_guidance)
         return torch.cat(made) if made else torch.empty(0)
 
     def _conditions(self, trainer: pl.Trainer, count: int) -> dict[str, Tensor]:

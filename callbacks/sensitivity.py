@@ -19,14 +19,14 @@ from fewstep.networks.gates.streams import StreamNorms, is_compiled, watched_str
 class Sensitivity(Callback):
     """Logs what depth does to a network's residual stream, gated or not.
 
-    - ``sensitivity/gradient``: the norm of the loss's gradient by what the first block is given,
-      relative to that by what the last one gives. It is 1 where a network is as sensitive to its
-      first blocks as to its last, and grows with the depth of plain pre-LN networks;
-    - ``sensitivity/stream``: the norm of the stream behind the last block, relative to the one
-      before the first.
+    - ``sensitivity/amplification``: the loss's gradient by what the first block is given, relative
+      to that by what the last one gives. It is 1 where a network is as sensitive to its first blocks
+      as to its last, and grows with the depth of plain pre-LN networks;
+    - ``sensitivity/growth``: the stream behind the last block, relative to that before the first.
 
-    Both are of the first rank's first micro-batch of an update, which is watched while it trains;
-    nothing is computed for them. Networks with compiled blocks cannot be watched.
+    Both are ratios of root mean squares (:class:`fewstep.networks.gates.sensitivity.Sensitivity`)
+    in the first rank's first micro-batch of an update, which is watched while it trains; nothing is
+    computed for them. Networks with compiled blocks cannot be watched.
 
     Args:
         every_n_updates: student updates between measurements; the last update has one too. 0 is the
@@ -94,5 +94,5 @@ def end_to_end(streams: list[StreamNorms]) -> dict[str, float]:
     if not any(norms.side == "sample" for norms in streams):
         return {}
     found = sensitivity(streams)
-    pairs = {"gradient": found.amplification, "stream": found.growth}
+    pairs = {"amplification": found.amplification, "growth": found.growth}
     return {f"sensitivity/{name}": ratio for name, ratio in pairs.items() if ratio is not None}

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NamedTuple, NotRequired, Protocol, TypedDict, runtime_checkable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.seeding import Generators
 
@@ -82,14 +83,31 @@ class FewStepSampler(Protocol):
 class SteeredSampler(Protocol):
     """A method that training-free guidance may steer; where it does not, all of this is empty."""
 
+    def is_steered(self) -> bool:
+        """Whether it is."""
+
+    def sampling_as(self, plain: bool, counted: bool) -> AbstractContextManager[None]:
+        """How samples are made meanwhile: without guidance if ``plain``; in no account of how
+        guidance went unless ``counted``, as samples that a rank makes only to keep in step."""
+
+    def check_guidance(self) -> None:
+        """Raises what went wrong with this rank's samples since it was last asked.
+
+        Asked when all ranks are through: one that left in the middle would leave the others waiting
+        within a sharded network.
+
+        Raises:
+            FewstepError: if guidance diverged.
+        """
+
     def sampling_cost(self, num_steps: int, role: str | None = None) -> dict[str, float]:
         """What a steered sample took, by name, once some were made."""
 
     def steering_record(self) -> dict[str, Any]:
         """What it is steered by, in plain values."""
 
-    def guides(self) -> dict[str, str]:
-        """Names of the networks that steer, by fingerprint."""
+    def guides(self) -> Sequence[nn.Module] | None:
+        """The networks that steer; None where nothing does."""
 
     def write_traces(self) -> None:
         """Writes how guidance went into the run's folder; a collective."""

@@ -69,8 +69,8 @@ class FewStepModule(BuiltRoles):
         gates: learnable gates on the student's residual branches or blocks (Neural Residual
             Diffusion), which are trained, averaged and saved with it; merged by ``fewstep export``.
             Not together with ``lora``.
-        gates_lr: their learning rate, as a multiple of the other parameters'. They have no weight
-            decay, as that would pull alpha to 1.
+        gates_lr: their learning rate, as a multiple of the other parameters'; 0 holds
+            them where they start. They have no weight decay, as that would pull alpha to 1.
         train_only: ``gates`` trains the student's gates alone and leaves its other weights as they
             are; the student may also have brought its gates with it.
         pipeline: folder of the diffusers pipeline whose text encoders and VAE encode prompts and

@@ -13,6 +13,7 @@ from fewstep.contracts import Batch
 from fewstep.diffusion import Backbone, Denoiser, PredictionType, Schedule, network_target
 from fewstep.diffusion.losses import mse
 from fewstep.errors import FewstepError
+from fewstep.networks.gates.gate import Gate
 from lightning_modules.base import FewStepModule
 from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
@@ -61,6 +62,7 @@ class DiffusionTraining(FewStepModule):
         self.cond_dropout = cond_dropout
         self.start = start
         self.sensitivity = sensitivity or SensitivityPenalty()
+        self._weighed: list[list[Gate]] = []
         if self.lora is not None:
             self.frozen_roles = ("teacher",)
         if (start is None) == (backbone is None) or (start is None) != (schedule is not None):
@@ -85,7 +87,7 @@ class DiffusionTraining(FewStepModule):
         """Builds the roles, and makes sure that the penalty has something to say."""
         if "student" not in self._modules:
             super().configure_model()
-            self.sensitivity.check(self.student, self.compile_blocks)
+            self._weighed = self.sensitivity.check(self.student, self.compile_blocks)
 
     def draw(self, batch: Batch, generator: torch.Generator) -> DiffusionDraws:
         x0 = batch["sample"]
@@ -105,8 +107,20 @@ class DiffusionTraining(FewStepModule):
         penalty, number = self.sensitivity, self.student_updates
         with penalty.watching(self.student, number, self._generator) as measured:
             loss = mse(self.student.raw(x_t, t, cond), target)
-        total, terms = penalty.added_to(loss, self.student, measured)
+        total, terms = penalty.added_to(loss, self._weighed, measured)
         yield Update("student", total, {"loss": loss, **terms})
+
+    def to_log(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All but the penalty's rare term, which goes to the loggers at the updates that have it.
+
+        Lightning would repeat its last value at all others. It is read here and now, as costs
+        little beside what the term does.
+        """
+        term = means.pop("sensitivity", None)
+        if term is not None and self.trainer.is_global_zero:
+            for logger in self.loggers:
+                logger.log_metrics({"train/sensitivity": term.item()}, self.trainer.global_step)
+        return means
 
     def evaluations(self) -> dict[str, Evaluations]:
         return {"student": Evaluations(forward=1, backward=1)}

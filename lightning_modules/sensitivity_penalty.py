@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
+from fewstep.networks.gates.gate import Gate
 from fewstep.networks.gates.jacobian import measured_units, unevenness, units_of
-from fewstep.networks.gates.sensitivity import gate_excess
+from fewstep.networks.gates.sensitivity import alpha_gates, gate_excess
 from fewstep.seeding import derived_seed
 from lightning_modules.roles import run_seed
 
@@ -36,7 +37,8 @@ class SensitivityPenalty:
             as much as three of its forward passes, with attention in plain matrix products, which
             keep a matrix of tokens by tokens. In bfloat16 it knows an amplification to about 0.4 %.
         gate_weight: of ``sum max(0, alpha^2 n - 1)`` over the ``n`` gates of a stream, which costs
-            next to nothing and is added at every update; 0 leaves it out.
+            next to nothing and is added at every update; 0 leaves it out. What the time adds to
+            alpha is not in it.
 
     Raises:
         FewstepError: for numbers that make no sense.
@@ -56,15 +58,16 @@ class SensitivityPenalty:
                 f"{self.every} and {self.units}."
             )
 
-    def check(self, student: nn.Module, compiled: bool) -> None:
+    def check(self, student: nn.Module, compiled: bool) -> list[list[Gate]]:
         """Refuses networks on which it would have nothing to say.
+
+        Returns:
+            The gates that ``gate_weight`` is about, which :meth:`added_to` needs; none without.
 
         Raises:
             FewstepError: if there are no units, no gates with an alpha, or blocks are compiled.
         """
-        if self.gate_weight:
-            with torch.no_grad():
-                gate_excess(student)
+        gates = alpha_gates(student) if self.gate_weight else []
         if self.weight and not units_of(student):
             raise FewstepError(
                 "sensitivity.weight: no block of this network is known to keep its stream. Let its "
@@ -75,6 +78,7 @@ class SensitivityPenalty:
                 "sensitivity.weight looks inside of blocks, which compiled ones do not allow. Set "
                 "compile_blocks: false, or sensitivity.gate_weight instead."
             )
+        return gates
 
     @contextmanager
     def watching(
@@ -107,13 +111,13 @@ class SensitivityPenalty:
             yield found
 
     def added_to(
-        self, loss: Tensor, student: nn.Module, measured: Sequence[Tensor]
+        self, loss: Tensor, gates: Sequence[Sequence[Gate]], measured: Sequence[Tensor]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss with the penalty, and the penalty's terms without their weights.
 
         Args:
             loss: scalar with a graph.
-            student: the network.
+            gates: what :meth:`check` has found.
             measured: what :meth:`watching` has measured.
         """
         terms: dict[str, Tensor] = {}
@@ -121,6 +125,6 @@ class SensitivityPenalty:
             terms["sensitivity"] = unevenness(measured)
             loss = loss + self.weight * terms["sensitivity"]
         if self.gate_weight and torch.is_grad_enabled():
-            terms["gate_excess"] = gate_excess(student)
+            terms["gate_excess"] = gate_excess(gates)
             loss = loss + self.gate_weight * terms["gate_excess"]
         return loss, terms

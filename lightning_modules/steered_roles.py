@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from fewstep.diffusion import Backbone, Guided
 from fewstep.diffusion.consistency import guidance_embedding
+from fewstep.guidance.described import described
 from fewstep.seeding import Generators
 from lightning_modules.chains import CHAINS, PLAIN_ODE, Record, chain_of
 from lightning_modules.conditioning import in_float32
 from lightning_modules.recorded import RecordedRoles
-from lightning_modules.steering import TABLE, Steered, Steering, described, write_table
+from lightning_modules.steering import TABLE, Steered, Steering, write_table
 
 
 def null_of(backbone: Backbone, cond: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -55,7 +59,12 @@ class SteeredRoles(RecordedRoles):
         role: str | None = None,
         prompt: list[str] | None = None,
     ) -> Tensor:
-        """Turns noise ``(B, ...)`` into samples; see :class:`~lightning_modules.sampling`."""
+        """Turns noise ``(B, ...)`` into samples; see :class:`~lightning_modules.sampling`.
+
+        Raises:
+            FewstepError: if guidance diverged; one rank of several leaves that to
+                :meth:`check_guidance`, so that the others need not wait for it.
+        """
         if self.steered is None:
             return super().sample(noise, cond, num_steps, generator, role, prompt)
         role, steering = self.checked_role(role), self.steered.steering
@@ -71,7 +80,7 @@ class SteeredRoles(RecordedRoles):
         if told is not None and name is not None:
             size: int = network.backbone.config["guidance_embedding_dim"]
             given[name] = guidance_embedding(noise.new_full((len(noise),), told), size)
-        return self.steered.sample(
+        samples = self.steered.sample(
             Guided(network, self.guidance_scale(role)),
             noise,
             given or None,
@@ -81,8 +90,40 @@ class SteeredRoles(RecordedRoles):
             (role, num_steps),
             None if self.companions is None else self.companions.codec.to(noise.device),
         )
+        together = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if not together:
+            self.check_guidance()
+        return samples
 
     # ------------------------------------------------------------------ what callbacks ask
+
+    def is_steered(self) -> bool:
+        """Whether samples are steered."""
+        return self.steered is not None
+
+    @contextmanager
+    def sampling_as(self, plain: bool, counted: bool) -> Iterator[None]:
+        """Meanwhile samples are not steered if ``plain``, and in no account unless ``counted``."""
+        steered = self.steered
+        if steered is None:
+            yield
+            return
+        self.steered, steered.counted = (None if plain else steered), counted
+        try:
+            yield
+        finally:
+            self.steered, steered.counted = steered, True
+
+    def check_guidance(self) -> None:
+        """Raises what went wrong with this rank's samples since it was last asked.
+
+        Raises:
+            FewstepError: if guidance diverged.
+        """
+        steered = self.steered
+        if steered is not None and steered.failure is not None:
+            failure, steered.failure = steered.failure, None
+            raise failure
 
     def guidance_scale(self, role: str | None = None) -> float:
         """The scale of classifier-free guidance; 1 where the network is given no condition."""
@@ -107,9 +148,9 @@ class SteeredRoles(RecordedRoles):
         """What it is steered by, in plain values; nothing where it is not."""
         return {} if self.steered is None else described(self.steered.steering)
 
-    def guides(self) -> dict[str, str]:
-        """Networks that steer, by fingerprint."""
-        return {} if self.steered is None else self.steered.steering.guides()
+    def guides(self) -> Sequence[nn.Module] | None:
+        """The networks that steer; None where nothing does."""
+        return None if self.steered is None else self.steered.steering.guides()
 
     def write_traces(self) -> None:
         """Writes how guidance went, round by round, into the run's folder; a collective."""

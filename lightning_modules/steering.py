@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import csv
-import math
-import time
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -20,8 +18,7 @@ from fewstep.guidance.energies import Decoded
 from fewstep.guidance.freezing import modules_within
 from fewstep.guidance.noise import NoiseOptimisation, optimise_noise
 from fewstep.guidance.students import plain_sample
-from fewstep.guidance.trace import LARGEST_MOVE, Trace
-from fewstep.metrics.classifiers import fingerprint
+from fewstep.guidance.trace import LARGEST_MOVE, Clock, Trace
 from fewstep.networks.latents import LatentCodec
 from fewstep.seeding import Generators
 from lightning_modules.chains import Chain
@@ -67,9 +64,9 @@ class Steering:
             return []
         return list(modules_within(self.guidance.energy.staged()[1]))
 
-    def guides(self) -> dict[str, str]:
-        """Those by fingerprint, so that none of them is taken for a judge."""
-        return {fingerprint(network): type(network).__name__ for network in self.networks()}
+    def guides(self) -> list[nn.Module] | None:
+        """The same; None where there is no guidance at all."""
+        return None if self.guidance is None else self.networks()
 
     def target_of(self, cond: dict[str, Tensor], prompt: list[str] | None) -> Tensor | None:
         """What the energy is told of each sample, ``(B, ...)``.
@@ -116,32 +113,22 @@ class Steering:
         return found
 
 
-def described(thing: Any) -> Any:
-    """A configuration in plain values that JSON gives back as they are; networks by fingerprint."""
-    if isinstance(thing, nn.Module):
-        return {"class": type(thing).__name__, "sha256": fingerprint(thing)}
-    if isinstance(thing, Tensor):
-        return {"shape": list(thing.shape), "values": thing.flatten()[:16].tolist()}
-    if isinstance(thing, str | int | None) or (isinstance(thing, float) and math.isfinite(thing)):
-        return thing
-    if is_dataclass(thing):
-        parts = {field.name: described(getattr(thing, field.name)) for field in fields(thing)}
-        return {"class": type(thing).__name__, **parts}
-    return str(thing)
-
-
 class Steered:
     """Samples as a steering says, and keeps account of it.
 
     Attributes:
         costs: of a sample, by role and number of steps.
         traces: times of the rounds, and sums over samples, by role and number of steps.
+        counted: whether samples that are made now are in them.
+        failure: the first error that guidance met and that nobody was told of yet.
     """
 
     def __init__(self, steering: Steering) -> None:
         self.steering = steering
         self.costs: dict[Key, dict[str, float]] = {}
         self.traces: dict[Key, tuple[tuple[float, ...], Tensor]] = {}
+        self.counted = True
+        self.failure: FewstepError | None = None
         self._clock: dict[Key, tuple[float, int]] = {}
 
     def sample(
@@ -155,7 +142,7 @@ class Steered:
         key: Key,
         codec: LatentCodec | None = None,
     ) -> Tensor:
-        """Samples ``(B, ...)`` along a chain.
+        """Samples ``(B, ...)`` along a chain; what goes wrong with guidance is kept as ``failure``.
 
         Args:
             denoiser: the network, with its scale of classifier-free guidance.
@@ -169,9 +156,10 @@ class Steered:
         """
         steering, guidance = self.steering, self.steering.of_latents(codec)
         if guidance is None and steering.base is None:
-            started = time.perf_counter()
+            clock = Clock(noise.device)
             samples = chain.sample(denoiser, noise, cond, generator)
-            costs = Costs(chain.num_steps, 0, 0, time.perf_counter() - started)
+            clock.lap()
+            costs = Costs(chain.num_steps, 0, 0, clock.seconds())
             self._note_costs(key, costs, denoiser, len(noise))
             return samples
         base = steering.base or chain.base(denoiser.schedule)
@@ -191,14 +179,24 @@ class Steered:
                 generator,
                 base,
                 checkpointing=steering.checkpointing,
-                largest_move=steering.largest_move,
+                largest_move=None,
             )
+            self._check(made.trace)
             self._note_trace(key, made.trace)
         self._note_costs(key, made.trace.costs, denoiser, len(noise))
         found: Tensor = made.samples
         return found
 
+    def _check(self, trace: Trace) -> None:
+        try:
+            if self.steering.largest_move is not None:
+                trace.check(self.steering.largest_move)
+        except FewstepError as error:
+            self.failure = self.failure or error
+
     def _note_costs(self, key: Key, costs: Costs, denoiser: Guided, count: int) -> None:
+        if not self.counted:
+            return
         passes = 1 if denoiser.guidance_scale == 1 else 2
         seconds, samples = self._clock.get(key, (0.0, 0))
         self._clock[key] = (seconds + costs.seconds, samples + count)
@@ -213,6 +211,8 @@ class Steered:
         ones = torch.ones_like(trace.loss)
         rows = (ones, trace.loss, trace.gradient_norm, trace.displacement, trace.alignment)
         sums = torch.stack([row.cpu().double().sum(1) for row in (*rows, trace.nonfinite)], dim=1)
+        if not self.counted:  # all ranks have the same tables, for their sum
+            sums = torch.zeros_like(sums)
         before = self.traces.get(key)
         self.traces[key] = (trace.times, sums if before is None else before[1] + sums)
 

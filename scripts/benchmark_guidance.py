@@ -68,7 +68,7 @@ class Cosine(Energy):
     network: PictureNetwork
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        wanted = needed(target, self, "embeddings")
+        wanted = needed(target, self, "embeddings", x0)
         return 1 - torch.cosine_similarity(self.network(x0), wanted, dim=1)
 
 

@@ -9,11 +9,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies import Energy, Target
 from fewstep.guidance.freezing import modules_within, things_within
+from fewstep.metrics.fingerprints import shares_weights
 
 
 class Judge(ABC):
@@ -42,8 +43,9 @@ class Judge(ABC):
 def refuse_guide_as_judge(judge: Judge, energy: Energy) -> None:
     """Refuses a judge that is the guide in disguise.
 
-    Both are searched for networks in all that they hold. Two networks are the same if they share a
-    parameter, or if all parameters are equal.
+    Both are searched for networks in all that they hold. Two networks are the same as
+    :func:`fewstep.metrics.fingerprints.shares_weights` has it, so copies, wrappers and parts are
+    known.
 
     Raises:
         FewstepError: if the judge is or holds the energy, or if they share a network.
@@ -64,23 +66,9 @@ def refuse_guide_as_judge(judge: Judge, energy: Energy) -> None:
     guided = list(modules_within(asked))
     for ours in modules_within(judge):
         for theirs in guided:
-            if ours is theirs or _same_weights(ours, theirs):
+            if shares_weights(ours, theirs):
                 raise FewstepError(
                     f"{type(judge).__name__} looks through the network of the guide "
                     f"({type(theirs).__name__}), or a copy of it. It would reward samples that "
                     "fool the guide: judge with a network that was trained on other data."
                 )
-
-
-def _same_weights(one: nn.Module, other: nn.Module) -> bool:
-    first, second = list(one.parameters()), list(other.parameters())
-    if {id(p) for p in first} & {id(p) for p in second}:
-        return True
-    shapes = [p.shape for p in first] == [p.shape for p in second]
-    return (
-        bool(first)
-        and shapes
-        and all(
-            bool((p.detach().to(q) == q.detach()).all()) for p, q in zip(first, second, strict=True)
-        )
-    )

@@ -12,22 +12,34 @@ from fewstep.errors import FewstepError
 from fewstep.networks.families import flux
 
 Arguments = Mapping[str, Any]
+Size = tuple[int, ...]
 
 
-def _plain(sample: Tensor, arguments: Arguments) -> Tensor:
+def _no_size(arguments: Arguments) -> Size:
+    return ()
+
+
+def _plain(sample: Tensor, size: Size) -> Tensor:
     return sample
 
 
-def _flux(tokens: Tensor, arguments: Arguments) -> Tensor:
-    """Latents ``(B, C, H, W)`` of tokens, whose places the network is told."""
-    places = arguments["img_ids"].reshape(-1, 3)
-    rows, columns = (int(places[:, axis].max()) + 1 for axis in (1, 2))
-    return flux.unpacked(tokens, 2 * rows, 2 * columns)
+def _flux_size(arguments: Arguments) -> Size:
+    """Height and width of latents in tokens, from the places that the network is told."""
+    places = arguments["img_ids"].reshape(-1, 3).amax(0).tolist()
+    return (int(places[1]) + 1, int(places[2]) + 1)
 
 
-def _ltx(tokens: Tensor, arguments: Arguments) -> Tensor:
+def _flux(tokens: Tensor, size: Size) -> Tensor:
+    """Latents ``(B, C, H, W)`` of tokens."""
+    return flux.unpacked(tokens, 2 * size[0], 2 * size[1])
+
+
+def _ltx_size(arguments: Arguments) -> Size:
+    return (arguments["num_frames"], arguments["height"], arguments["width"])
+
+
+def _ltx(tokens: Tensor, size: Size) -> Tensor:
     """Latents ``(B, C, F, H, W)`` of tokens."""
-    size = (arguments["num_frames"], arguments["height"], arguments["width"])
     return tokens.transpose(1, 2).unflatten(2, size)
 
 
@@ -42,14 +54,16 @@ class Layout:
             or ``apart`` in two calls, the conditional first.
         tells_scale: whether the pipeline knows its guidance scale while it runs.
         time_unit: what the network's times are multiplied with to give the scheduler's.
-        unpacked: latents as the decoder knows them, from what the network takes.
+        size: of a run's latents, from what the network is called with; asked once a run.
+        unpacked: latents as the decoder knows them, from what the network takes, and that size.
     """
 
     part: Literal["unet", "transformer"] = "unet"
     branches: Literal["together", "reversed", "apart"] = "together"
     tells_scale: bool = True
     time_unit: float = 1.0
-    unpacked: Callable[[Tensor, Arguments], Tensor] = _plain
+    size: Callable[[Arguments], Size] = _no_size
+    unpacked: Callable[[Tensor, Size], Tensor] = _plain
 
 
 LAYOUTS: dict[str, Layout] = {
@@ -62,10 +76,10 @@ LAYOUTS: dict[str, Layout] = {
     "AnimateDiffPipeline": Layout(),
     "TextToVideoSDPipeline": Layout(tells_scale=False),
     "StableDiffusion3Pipeline": Layout("transformer"),
-    "FluxPipeline": Layout("transformer", "apart", False, 1000.0, _flux),
+    "FluxPipeline": Layout("transformer", "apart", False, 1000.0, _flux_size, _flux),
     "PixArtSigmaPipeline": Layout("transformer", tells_scale=False),
     "DiTPipeline": Layout("transformer", "reversed", False),
-    "LTXPipeline": Layout("transformer", unpacked=_ltx),
+    "LTXPipeline": Layout("transformer", size=_ltx_size, unpacked=_ltx),
     "WanPipeline": Layout("transformer", "apart"),
 }
 WITHOUT_BRANCHES = ("DDPMPipeline", "DDIMPipeline")

@@ -23,6 +23,9 @@ NEAREST = 4e-3  # relative; half-precision pipelines round the times they give t
 class SchedulerSteps:
     """The steps of a scheduler's run, in variance-preserving coordinates.
 
+    A scheduler counts its own steps, and where it is follows from that number alone: to compare the
+    times that a network is told would wait for the device, and half precision rounds them.
+
     Args:
         scheduler: of a diffusers pipeline, after ``set_timesteps``.
 
@@ -56,21 +59,40 @@ class SchedulerSteps:
         first = torch.cat([torch.tensor([True]), times.diff() != 0, torch.tensor([True])])
         grid = torch.cat([times, torch.tensor([END]).double()])
         self.steps: list[Step] = steps_between(grid[first], alpha[first], sigma[first], DDIM())
-        self.visits = [int((times == step.t).sum()) for step in self.steps]
+        self._times: list[float] = times.tolist()
+        self._places: list[int] = (first[:-1].cumsum(0) - 1).tolist()
 
-    def at(self, t: float) -> Step:
-        """The step that begins at the time a network is called with.
+    def first(self, t: float) -> int:
+        """The number of the scheduler's own step with which a run begins, from 0.
+
+        Args:
+            t: what the network is told in its first call; where a picture is given, a run begins
+                at a later one.
 
         Raises:
-            FewstepError: if none does.
+            FewstepError: if no step begins at that time.
         """
-        nearest = min(self.steps, key=lambda step: abs(step.t - t))
-        if abs(nearest.t - t) > NEAREST * max(abs(t), 1):
+        number = min(range(len(self._times)), key=lambda n: abs(self._times[n] - t))
+        nearest = self._times[number]
+        if abs(nearest - t) > NEAREST * max(abs(t), 1):
             raise FewstepError(
                 f"The network was called at t = {t:g}, and the pipeline's scheduler has no such "
-                f"time; the nearest is {nearest.t:g}. Is the scheduler another pipeline's?"
+                f"time; the nearest is {nearest:g}. Is the scheduler another pipeline's?"
             )
-        return nearest
+        return number
+
+    def at(self, number: int) -> Step:
+        """The step that the scheduler's own step of a number belongs to.
+
+        Raises:
+            FewstepError: if there are no more.
+        """
+        if number >= len(self._places):
+            raise FewstepError(
+                f"The pipeline goes on after all {len(self._places)} steps of its scheduler. Guide "
+                "a pipeline that sets the times of each run with set_timesteps."
+            )
+        return self.steps[self._places[number]]
 
 
 def _refuse_clipping(scheduler: Any) -> None:

@@ -31,7 +31,7 @@ from fewstep.guidance.selection import Keeper
 from fewstep.guidance.smoothing import Objective
 from fewstep.guidance.steps import FINISHED, BaseStep
 from fewstep.guidance.students import Chain
-from fewstep.guidance.trace import LARGEST_MOVE, Recorder
+from fewstep.guidance.trace import LARGEST_MOVE, Clock, Recorder
 from fewstep.seeding import Generators
 
 Loss = Callable[[Tensor], Tensor]
@@ -145,7 +145,7 @@ def optimise_noise(
     """
     refuse_what_cannot_be_guided(noise, target)
     chain = Chain.drawn(denoiser, noise, cond, times, generator, base, checkpointing)
-    search = _Search(chain, optimisation, target, own_stream(generator))
+    search = _Search(chain, optimisation, target, own_stream(generator), noise.device)
     with frozen(denoiser, optimisation.energy):
         search.run(chain.start(noise))
     samples, best = search.keeper.rows
@@ -167,12 +167,14 @@ class _Search:
         optimisation: NoiseOptimisation,
         target: Target,
         generator: Generators,
+        device: torch.device,
     ) -> None:
         self.chain, self.optimisation = chain, optimisation
         self.target, self.generator = target, generator
         self.objective = Objective(optimisation.energy, optimisation.augmentor or PLAIN)
         self.rule = optimisation.rule.start()
-        self.recorder, self.keeper = Recorder(), Keeper()
+        self.keeper = Keeper()
+        self.recorder = Recorder(clock=Clock(device))
 
     def run(self, first: Tensor) -> None:
         """Offers the first state and that after each iteration to the keeper."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,15 +15,13 @@ from fewstep.errors import FewstepError
 from fewstep.guidance.energies import Target
 from fewstep.guidance.energies.pictures import the_tensor
 from fewstep.guidance.guidance import Guidance
-from fewstep.guidance.layouts import Layout
+from fewstep.guidance.layouts import Arguments, Layout
 from fewstep.guidance.levels import SchedulerSteps
-from fewstep.guidance.rounds import follow
-from fewstep.guidance.rules import Signal
-from fewstep.guidance.sampler import refuse_what_cannot_be_guided
-from fewstep.guidance.shifts import kick_of_clean, kick_of_state, shift_of_output, sine
+from fewstep.guidance.rounds import Guider
+from fewstep.guidance.sampler import refuse_idle, refuse_what_cannot_be_guided
+from fewstep.guidance.shifts import kick_of_clean, kick_of_state, moves, shift_of_output, sine
 from fewstep.guidance.steps import Step
-from fewstep.guidance.trace import Recorder
-from fewstep.seeding import torch_generator
+from fewstep.guidance.trace import Clock, Recorder
 
 
 class PipelineRun:
@@ -32,11 +30,17 @@ class PipelineRun:
     Args:
         scheduler: the pipeline's, which has its times.
         layout: how the pipeline calls its network.
-        guidance, target, seed: see :func:`fewstep.guidance.pipelines.guide`.
+        guidance, target: see :func:`fewstep.guidance.pipelines.guide`.
+        draws: gives the generators of smoothing and augmentation for so many samples.
         checkpointing: computes the network again in the backward pass.
+        first: what the network is called with first.
+        sample: the name of the state in it.
 
     Attributes:
         last: the latest guided estimate of clean samples, ``(N, ...)``.
+
+    Raises:
+        FewstepError: if the scheduler's levels are unknown, or no step of the run would be guided.
     """
 
     def __init__(
@@ -45,23 +49,27 @@ class PipelineRun:
         layout: Layout,
         guidance: Guidance,
         target: Target,
-        seed: int,
+        draws: Callable[[int], Sequence[torch.Generator]],
         checkpointing: bool,
+        first: Arguments,
+        sample: str,
     ) -> None:
         self.schedule, self.times = SchedulerSteps(scheduler), scheduler.timesteps
         self.layout, self.guidance, self.target = layout, guidance, target
-        self.seed, self.checkpointing = seed, checkpointing
-        self.objective = guidance.objective
-        self.state_rule = guidance.state.start() if guidance.state else None
-        self.clean_rule = guidance.clean.start() if guidance.clean else None
-        self.recorder = Recorder()
-        self.draws: list[torch.Generator] = []
+        self.draws, self.checkpointing = draws, checkpointing
+        self.streams: Sequence[torch.Generator] = []
+        self.size = layout.size(first)
+        self.recorder = Recorder(clock=Clock(first[sample].device))
+        self.guider = Guider(guidance, target, self.recorder)
         self.pending: tuple[Tensor, Tensor] | None = None
-        self.calls: dict[int, int] = {}
         self.last: Tensor | None = None
+        t = float(torch.as_tensor(first["timestep"]).flatten()[0]) * layout.time_unit
+        self.number, self.calls = self.schedule.first(t), 0
+        ahead = self.schedule.steps[self.schedule.at(self.number).index :]
+        refuse_idle(guidance, [step for step in ahead if moves(step)])
 
-    def step_at(self, t: float, scale: float) -> Step:
-        """The step a call of the network belongs to.
+    def called(self, scale: float) -> Step:
+        """The step that the network is called for now.
 
         Args:
             scale: of classifier-free guidance, 1 for off.
@@ -69,39 +77,35 @@ class PipelineRun:
         Raises:
             FewstepError: if the network was called more often than there are branches.
         """
-        step = self.schedule.at(t)
+        step = self.schedule.at(self.number)
         branches = 2 if self.layout.branches == "apart" and scale > 1 else 1
-        self.calls[step.index] = self.calls.get(step.index, 0) + 1
-        if self.calls[step.index] > branches * self.schedule.visits[step.index]:
+        self.calls += 1
+        if self.calls > branches:
             raise FewstepError(
-                f"The pipeline called its network again at t = {t:g}: it has a branch that guide() "
-                "was not told of. For true classifier-free guidance of FLUX, give guide() the "
-                "true_cfg_scale as guidance_scale."
+                f"The pipeline called its network again at t = {step.t:g}: it has a branch that "
+                "guide() was not told of. For true classifier-free guidance of FLUX, give guide() "
+                "the true_cfg_scale as guidance_scale."
             )
-        if (self.calls[step.index] - 1) % branches == 0:  # both branches count once
+        if self.calls == 1:  # both branches count once
             self.recorder.denoiser_evaluations += 1
         return step
 
-    def guided(
-        self,
-        network: Callable[[Tensor], Any],
-        x: Tensor,
-        step: Step,
-        scale: float,
-        unpacked: Callable[[Tensor], Tensor],
-    ) -> Any:
+    def stepped(self) -> None:
+        """The scheduler takes a step: what is called next is its next one's."""
+        self.number, self.calls = self.number + 1, 0
+
+    def guided(self, network: Callable[[Tensor], Any], x: Tensor, step: Step, scale: float) -> Any:
         """A guided call of the network; what it returns, with its output shifted.
 
         Args:
             network: of a state ``(B, ...)`` alone.
             x: the state, with both branches of classifier-free guidance twice as long as the batch.
             scale: of classifier-free guidance, 1 for off.
-            unpacked: latents as the decoder knows them, of the network's.
         """
         both = scale > 1 and self.layout.branches != "apart"
         x = x[: len(x) // 2] if both else x
         refuse_what_cannot_be_guided(x, self.target)
-        through = self.state_rule is not None
+        through = self.guidance.state is not None
         with torch.set_grad_enabled(through):
             if self.pending is None:
                 leaf = torch.zeros_like(x, dtype=work_dtype(x)).requires_grad_(through)
@@ -115,7 +119,7 @@ class PipelineRun:
             combined = self._combined(predicted.to(leaf.dtype), leaf, scale)
         if combined is None:
             return _with(output, raw.detach())
-        kick = self._kick(combined, state, leaf, step, unpacked)
+        kick = self._kick(combined, state, leaf, step)
         shift = shift_of_output(kick, step, self.schedule.prediction_type)
         if both:
             shift = torch.cat([shift, shift])
@@ -144,51 +148,27 @@ class PipelineRun:
             (_, cond), null, self.pending = self.pending, predicted, None
         return null + scale * (cond - null)
 
-    def _kick(
-        self,
-        output: Tensor,
-        state: Tensor,
-        leaf: Tensor,
-        step: Step,
-        unpacked: Callable[[Tensor], Tensor],
-    ) -> Tensor:
+    def _kick(self, output: Tensor, state: Tensor, leaf: Tensor, step: Step) -> Tensor:
         """How far the prediction moves (:mod:`fewstep.guidance.shifts`), ``(N, ...)``."""
-        with torch.set_grad_enabled(self.state_rule is not None):
+        guidance = self.guidance
+        with torch.set_grad_enabled(guidance.state is not None):
             alpha, sigma = (output.new_tensor(step.scale * v) for v in (step.alpha, step.sigma))
             seen = to_prediction(output, state, alpha, sigma, self.schedule.prediction_type)
-            latents = unpacked(seen.x0)
-        if not self.draws:
-            self.draws = [torch_generator(self.seed, "guidance", row) for row in range(len(state))]
-        losses = self.objective.drawn(latents.detach(), self.target, step, self.draws)
-        kick, noted = torch.zeros_like(leaf), list[Signal]()
-        broken = torch.zeros(len(leaf), dtype=torch.bool, device=leaf.device)
-
-        def follows(rule: Any, point: Tensor, at: Tensor) -> Tensor:
-            nonlocal broken
-            with torch.enable_grad():
-                loss = losses(point)
-            minimum, eps = self.guidance.energy.minimum, seen.eps.detach()
-            signal, move, wrong = follow(rule, loss, at, eps, minimum, step)
-            self.recorder.energy_evaluations += self.objective.views
-            noted.append(signal)
-            broken = broken | wrong
-            return move
-
-        if self.state_rule is not None:
-            self.recorder.denoiser_gradients += 1
-            kick = kick_of_state(follows(self.state_rule, latents, leaf), step)
-        if self.clean_rule is not None:
-            moved = torch.zeros_like(leaf)
-            for _ in range(self.guidance.clean_iterations):
-                point = (seen.x0.detach() - moved).requires_grad_(True)
-                with torch.enable_grad():
-                    there = unpacked(point)
-                moved = moved + follows(self.clean_rule, there, point)
-            kick = kick + kick_of_clean(moved, step)
-        first = noted[0]
-        self.recorder.note(step.t, first.loss, first.gradient, sine(step) * kick, broken)
-        self.last = seen.x0.detach() - step.sigma * kick
+            latents = self._unpacked(seen.x0)
+        self.streams = self.streams or self.draws(len(state))
+        found = self.guider.moves(latents.detach(), step, self.streams)
+        x0, eps, kick = seen.x0.detach(), seen.eps.detach(), torch.zeros_like(leaf)
+        if guidance.state is not None:
+            kick = kick_of_state(found.of_state(leaf, latents, eps, step), step)
+        if guidance.clean is not None:
+            kick = kick + kick_of_clean(found.of_clean(x0, eps, self._unpacked), step)
+        found.note(sine(step) * kick)
+        self.last = x0 - step.sigma * kick
         return kick
+
+    def _unpacked(self, x0: Tensor) -> Tensor:
+        """What the energy sees, of an estimate as the network knows it."""
+        return self.layout.unpacked(x0, self.size)
 
 
 def _has_variance(output: Tensor, x: Tensor) -> bool:

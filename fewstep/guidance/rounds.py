@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -73,13 +75,101 @@ def follow(
     return signal, torch.where(expand_to(sound, move), move, 0.0), ~sound
 
 
+class Guider:
+    """What does not change from round to round: guidance, its rules' memory and the record.
+
+    Args:
+        guidance: how the run is guided.
+        target: what the energy is told of each sample, ``(B, ...)``.
+        recorder: what happens is noted there.
+    """
+
+    def __init__(self, guidance: Guidance, target: Target, recorder: Recorder) -> None:
+        self.guidance, self.objective = guidance, guidance.objective
+        self.target, self.recorder = target, recorder
+        self.state_rule = guidance.state.start() if guidance.state else None
+        self.clean_rule = guidance.clean.start() if guidance.clean else None
+
+    def moves(self, like: Tensor, step: Step, generator: Generators) -> Moves:
+        """A round's displacements, with random numbers that are drawn now.
+
+        Args:
+            like: any tensor shaped as what the energy sees, ``(B, ...)``.
+        """
+        return Moves(self, like, step, generator)
+
+
+class Moves:
+    """The displacements of one round, which all see the same random numbers.
+
+    Attributes:
+        signals: what the rules saw, in order.
+        broken: samples with something that was not finite, ``(B,)``.
+    """
+
+    def __init__(self, guider: Guider, like: Tensor, step: Step, generator: Generators) -> None:
+        self.guider, self.step = guider, step
+        self.losses = guider.objective.drawn(like, guider.target, step, generator)
+        self.signals: list[Signal] = []
+        self.broken = torch.zeros(len(like), dtype=torch.bool, device=like.device)
+
+    def of_state(self, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step) -> Tensor:
+        """From the gradient through the denoiser, ``(B, ...)``.
+
+        Args:
+            leaf: what is differentiated with respect to.
+            clean: what the energy sees, with a graph that begins there.
+            eps: the predicted noise.
+            step: as the rule is told it.
+        """
+        rule = self.guider.state_rule
+        assert rule is not None  # guidance with inner steps has one
+        self.guider.recorder.denoiser_gradients += 1
+        return self._move(rule, leaf, clean, eps, step)
+
+    def of_clean(
+        self, x0: Tensor, eps: Tensor, seen: Callable[[Tensor], Tensor] | None = None
+    ) -> Tensor:
+        """From gradients of the clean estimate ``(B, ...)`` alone, in its own units.
+
+        Args:
+            seen: what the energy sees of an estimate; the estimate itself by default.
+        """
+        rule, moved = self.guider.clean_rule, torch.zeros_like(x0)
+        assert rule is not None
+        for _ in range(self.guider.guidance.clean_iterations):
+            leaf = (x0 - moved).requires_grad_(True)
+            with torch.enable_grad():
+                clean = leaf if seen is None else seen(leaf)
+            moved = moved + self._move(rule, leaf, clean, eps, self.step)
+        return moved
+
+    def note(self, shift: Tensor) -> None:
+        """Adds the round to the record, as one that subtracted ``shift (B, ...)`` in all."""
+        first = self.signals[0]
+        recorder = self.guider.recorder
+        recorder.note(self.step.t, first.loss, first.gradient, shift, self.broken)
+
+    def _move(
+        self, rule: Displacement, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step
+    ) -> Tensor:
+        """A rule's displacement from the gradient of ``losses(clean)`` with respect to ``leaf``."""
+        with torch.enable_grad():
+            loss = self.losses(clean)
+        self.guider.recorder.energy_evaluations += self.guider.objective.views
+        minimum = self.guider.guidance.energy.minimum
+        signal, move, broken = follow(rule, loss, leaf, eps, minimum, step)
+        self.signals.append(signal)
+        self.broken = self.broken | broken
+        return move
+
+
 class Walk:
     """One run of a guided sampler: what does not change from step to step.
 
     Args:
         denoiser, cond: as for any sampler.
-        guidance: how it is guided.
-        target: what the energy is told of each sample, ``(B, ...)``.
+        guider: how it is guided.
         generator: draws noise for smoothing and numbers for augmentation.
         checkpointing: computes the denoiser again in the backward pass instead of keeping its
             activations.
@@ -89,18 +179,13 @@ class Walk:
         self,
         denoiser: DenoiserLike,
         cond: Cond | None,
-        guidance: Guidance,
-        target: Target,
+        guider: Guider,
         generator: Generators,
         checkpointing: bool,
     ) -> None:
         self.denoiser, self.cond = denoiser, cond
-        self.guidance, self.objective = guidance, guidance.objective
-        self.target, self.generator = target, generator
-        self.checkpointing = checkpointing
-        self.state_rule = guidance.state.start() if guidance.state else None
-        self.clean_rule = guidance.clean.start() if guidance.clean else None
-        self.recorder = Recorder()
+        self.guider, self.guidance = guider, guider.guidance
+        self.generator, self.checkpointing = generator, checkpointing
 
     def round(self, x: Tensor, step: Step, z: Tensor | None) -> Tensor:
         """The state at the end of a step, ``(B, ...)``, from the one at its start.
@@ -111,74 +196,28 @@ class Walk:
         if not self.guidance.window.holds(step):
             _, seen = self._predict(x, step, through=False)
             return step.arrive(seen.x0, seen.eps, z)
-        moves = _Moves(self, step, x)
+        moves = self.guider.moves(x, step, self.generator)
         start = x
         for _ in range(self.guidance.inner_steps):
             state, seen = self._predict(x, step, through=True)
-            x = x - moves.of_state(state, seen, step.in_place())
+            x = x - moves.of_state(state, seen.x0, seen.eps.detach(), step.in_place())
         shift = start - x
-        through = self.state_rule is not None and not self.guidance.inner_steps
+        through = self.guidance.state is not None and not self.guidance.inner_steps
         state, seen = self._predict(x, step, through)
-        arrived = step.arrive(seen.x0.detach(), seen.eps.detach(), z)
+        x0, eps = seen.x0.detach(), seen.eps.detach()
+        arrived = step.arrive(x0, eps, z)
         if through:
-            move = moves.of_state(state, seen, step)
+            move = moves.of_state(state, seen.x0, eps, step)
             arrived, shift = arrived - move, shift + move
-        if self.clean_rule is not None:
-            move = self.guidance.clean_gain(step) * moves.of_clean(seen)
+        if self.guidance.clean is not None:
+            move = self.guidance.clean_gain(step) * moves.of_clean(x0, eps)
             arrived, shift = arrived - move, shift + move
-        first = moves.signals[0]
-        self.recorder.note(step.t, first.loss, first.gradient, shift, moves.broken)
+        moves.note(shift)
         return arrived
 
     def _predict(self, x: Tensor, step: Step, through: bool) -> tuple[Tensor, Prediction]:
         """The state as a leaf, and the denoiser's prediction, with a graph if ``through``."""
-        self.recorder.denoiser_evaluations += 1
+        self.guider.recorder.denoiser_evaluations += 1
         state = x.detach().requires_grad_(through)
         with torch.set_grad_enabled(through):
             return state, predict(self.denoiser, state, step, self.cond, self.checkpointing)
-
-
-class _Moves:
-    """The displacements of one round, which all see the same random numbers.
-
-    Attributes:
-        signals: what the rules saw, in order.
-        broken: samples with something that was not finite, ``(B,)``.
-    """
-
-    def __init__(self, walk: Walk, step: Step, x: Tensor) -> None:
-        self.walk, self.step = walk, step
-        self.losses = walk.objective.drawn(x, walk.target, step, walk.generator)
-        self.signals: list[Signal] = []
-        self.broken = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-
-    def of_state(self, state: Tensor, seen: Prediction, step: Step) -> Tensor:
-        """From the gradient through the denoiser, ``(B, ...)``."""
-        rule = self.walk.state_rule
-        assert rule is not None  # guidance with inner steps has one
-        self.walk.recorder.denoiser_gradients += 1
-        return self._move(rule, state, seen.x0, seen.eps.detach(), step)
-
-    def of_clean(self, seen: Prediction) -> Tensor:
-        """From gradients of the clean estimate alone, ``(B, ...)``, in its own units."""
-        rule, point, eps = self.walk.clean_rule, seen.x0.detach(), seen.eps.detach()
-        assert rule is not None
-        moved = torch.zeros_like(point)
-        for _ in range(self.walk.guidance.clean_iterations):
-            leaf = (point - moved).requires_grad_(True)
-            moved = moved + self._move(rule, leaf, leaf, eps, self.step)
-        return moved
-
-    def _move(
-        self, rule: Displacement, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step
-    ) -> Tensor:
-        """A rule's displacement from the gradient of ``losses(clean)`` with respect to ``leaf``."""
-        with torch.enable_grad():
-            loss = self.losses(clean)
-        self.walk.recorder.energy_evaluations += self.walk.objective.views
-        signal, move, broken = follow(
-            rule, loss, leaf, eps, self.walk.guidance.energy.minimum, step
-        )
-        self.signals.append(signal)
-        self.broken = self.broken | broken
-        return move

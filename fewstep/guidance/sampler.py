@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -15,10 +16,10 @@ from fewstep.guidance.energies import Target
 from fewstep.guidance.energies.base import row_counts
 from fewstep.guidance.freezing import frozen
 from fewstep.guidance.guidance import Guidance
-from fewstep.guidance.rounds import Walk
+from fewstep.guidance.rounds import Guider, Walk
 from fewstep.guidance.rules import Capped
 from fewstep.guidance.steps import DDIM, BaseStep, Step, plan_steps
-from fewstep.guidance.trace import LARGEST_MOVE, Trace
+from fewstep.guidance.trace import LARGEST_MOVE, Clock, Recorder, Trace
 from fewstep.seeding import Generators, normal_like, torch_generator
 
 
@@ -72,8 +73,9 @@ def guided_sample(
     """
     refuse_what_cannot_be_guided(noise, target)
     steps = plan_steps(denoiser.schedule, times, base or DDIM())
-    _refuse_idle(guidance, steps)
-    walk = Walk(denoiser, cond, guidance, target, own_stream(generator), checkpointing)
+    refuse_idle(guidance, steps)
+    guider = Guider(guidance, target, Recorder(clock=Clock(noise.device)))
+    walk = Walk(denoiser, cond, guider, own_stream(generator), checkpointing)
     x = noise.to(work_dtype(noise)) / steps[0].scale
     with frozen(denoiser, guidance.energy):
         for step in steps:
@@ -82,7 +84,7 @@ def guided_sample(
                 arrived = walk.round(x, step, z)
                 x = step.go_back(arrived, normal_like(x, generator)) if left else arrived
     samples = x * steps[-1].scale_s
-    return GuidedSamples(samples, walk.recorder.close(samples, largest_move))
+    return GuidedSamples(samples, guider.recorder.close(samples, largest_move))
 
 
 def own_stream(generator: Generators) -> Generators:
@@ -93,10 +95,13 @@ def own_stream(generator: Generators) -> Generators:
     if generator is None:
         return None
     if isinstance(generator, torch.Generator):
-        state = zlib.crc32(generator.get_state().numpy().tobytes())
-        return torch_generator(state, "guidance", device=generator.device)
-    beside = [own_stream(one) for one in generator]
-    return [one for one in beside if isinstance(one, torch.Generator)]
+        return _beside(generator, generator.device)
+    return [_beside(one, "cpu") for one in generator]  # as normal_like takes them
+
+
+def _beside(generator: torch.Generator, device: torch.device | str) -> torch.Generator:
+    state = zlib.crc32(generator.get_state().numpy().tobytes())
+    return torch_generator(state, "guidance", device=device)
 
 
 def refuse_what_cannot_be_guided(noise: Tensor, target: Target) -> None:
@@ -117,11 +122,24 @@ def refuse_what_cannot_be_guided(noise: Tensor, target: Target) -> None:
         )
 
 
-def _refuse_idle(guidance: Guidance, steps: list[Step]) -> None:
-    """Refuses rules within a share of the noise that is left where none ever is."""
+def refuse_idle(guidance: Guidance, steps: Sequence[Step]) -> None:
+    """Refuses guidance that moves nothing on its way.
+
+    Raises:
+        FewstepError: if no step is in its window, or if its rules move by a share of the noise that
+            is left at a step's end and the guided ones all end at clean data.
+    """
+    window = guidance.window
+    left = [step.sigma_s for step in steps if window.holds(step)]
+    if not left:
+        times = ", ".join(f"{step.t:g}" for step in steps[:8]) + (", ..." if steps[8:] else "")
+        raise FewstepError(
+            f"Guidance acts at no step: none of the times {times} is in its window (above low "
+            f"{window.low:g}, up to high {window.high:g}, every {window.every}). Widen the window, or "
+            "take more steps."
+        )
     rules = [rule for rule in (guidance.state, guidance.clean) if rule is not None]
-    left = [step.sigma_s for step in steps if guidance.window.holds(step)]
-    idle = bool(left) and not any(left) and all(isinstance(rule, Capped) for rule in rules)
+    idle = not any(left) and all(isinstance(rule, Capped) for rule in rules)
     if idle and not guidance.inner_steps:
         raise FewstepError(
             "A Capped rule moves by a share of the noise that is left at a step's end, and the "

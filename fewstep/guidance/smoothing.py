@@ -82,6 +82,7 @@ class Objective:
 
         All gradients of one round see the same numbers; the next round draws new ones. Latents
         become pictures before views are made of these: once for each noisy copy, not for each view.
+        Energies are computed without autocast, whatever the denoiser runs in.
 
         Args:
             like: any tensor shaped like the samples, ``(B, ...)``.
@@ -98,9 +99,10 @@ class Objective:
 
         def losses(clean: Tensor) -> Tensor:
             points = clean.unsqueeze(0) if noise is None else clean + noise
-            seen = prepare(points.flatten(0, 1))
-            rows = seen.repeat(copies, *[1] * (seen.ndim - 1))
-            values = energy(*self.augmentor(rows, aims, uniform.to(rows.dtype)))
+            with torch.autocast(clean.device.type, enabled=False):
+                seen = prepare(points.flatten(0, 1))
+                rows = seen.repeat(copies, *[1] * (seen.ndim - 1))
+                values = energy(*self.augmentor(rows, aims, uniform.to(rows.dtype)))
             if values.shape != (views * batch,):
                 raise FewstepError(
                     f"{type(energy).__name__} returned losses of shape {tuple(values.shape)} "

@@ -19,7 +19,7 @@ from fewstep.errors import FewstepError
 from fewstep.guidance.rounds import predict
 from fewstep.guidance.sampler import GuidedSamples
 from fewstep.guidance.steps import DDIM, BaseStep, Step, plan_steps
-from fewstep.guidance.trace import Recorder
+from fewstep.guidance.trace import Clock, Recorder
 from fewstep.seeding import Generators, normal_like
 
 
@@ -161,7 +161,7 @@ def plain_sample(
 
     Takes the same steps and draws the same noise as :func:`fewstep.guidance.guided_sample`.
     """
-    recorder = Recorder(denoiser_evaluations=len(times) - 1)
+    recorder = Recorder(denoiser_evaluations=len(times) - 1, clock=Clock(noise.device))
     chain = Chain.drawn(denoiser, noise, cond, times, generator, base)
     samples = chain(chain.start(noise))
     return GuidedSamples(samples, recorder.close(samples, None))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,7 +25,6 @@ class Costs:
         denoiser_gradients: backward passes through it.
         energy_evaluations: of the energy, with or without a backward pass.
         seconds: wall clock of the whole batch, which two runs with the same costs may differ in.
-            If the run was not checked, the device may not have finished when it was read.
     """
 
     denoiser_evaluations: int
@@ -105,6 +105,39 @@ class Trace:
             )
 
 
+class Clock:
+    """The time that a run takes, up to its latest lap.
+
+    On a CUDA device it is the device's own: nothing waits before the time is read.
+
+    Args:
+        device: where the run takes place.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._began: Any = self._now()
+        self._last = self._began
+
+    def lap(self) -> None:
+        """The time goes up to here."""
+        self._last = self._now()
+
+    def seconds(self) -> float:
+        """From the beginning to the latest lap; waits until the device has come there."""
+        if self._stream is None:
+            return float(self._last - self._began)
+        self._last.synchronize()
+        return float(self._began.elapsed_time(self._last)) / 1000
+
+    def _now(self) -> Any:
+        if self._stream is None:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._stream)
+        return event
+
+
 @dataclass
 class Recorder:
     """Collects a trace without waiting for the device."""
@@ -115,7 +148,7 @@ class Recorder:
     denoiser_evaluations: int = 0
     denoiser_gradients: int = 0
     energy_evaluations: int = 0
-    started: float = field(default_factory=time.perf_counter)
+    clock: Clock = field(default_factory=lambda: Clock(torch.device("cpu")))
 
     def note(
         self, at: float, loss: Tensor, gradient: Tensor, shift: Tensor, nonfinite: Tensor
@@ -139,7 +172,7 @@ class Recorder:
         self.previous = flat
 
     def trace(self, samples: Tensor) -> Trace:
-        """The trace of a run that ended with ``samples (B, ...)``."""
+        """The trace of a run that ended with ``samples (B, ...)``, with the time of its laps."""
         empty = samples.new_zeros((0, len(samples)))
         columns = [torch.stack(column) for column in zip(*self.rows, strict=True)] or [empty] * 5
         loss, norm, moved, alignment, nonfinite = columns
@@ -152,18 +185,21 @@ class Recorder:
             nonfinite=nonfinite,
             finished=samples.flatten(1).isfinite().all(1),
             costs=Costs(
-                self.denoiser_evaluations, self.denoiser_gradients, self.energy_evaluations
+                self.denoiser_evaluations,
+                self.denoiser_gradients,
+                self.energy_evaluations,
+                self.clock.seconds(),
             ),
         )
 
     def close(self, samples: Tensor, largest_move: float | None) -> Trace:
-        """The trace of a run that ended with ``samples (B, ...)``, with the time it took.
+        """The trace of a run that ended with ``samples (B, ...)``, with the time until now.
 
         Args:
             largest_move: see :meth:`Trace.check`; None leaves the check out.
         """
+        self.clock.lap()
         trace = self.trace(samples)
         if largest_move is not None:
             trace.check(largest_move)
-        seconds = time.perf_counter() - self.started
-        return replace(trace, costs=replace(trace.costs, seconds=seconds))
+        return trace

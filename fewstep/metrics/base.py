@@ -11,11 +11,10 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.metrics.ranks import Ranks
 
@@ -89,13 +88,22 @@ class Features(ABC):
         """Equal for two that give the same features, so that one network serves both."""
         return id(self)
 
+    def judges(self) -> Sequence[nn.Module]:
+        """Networks that tell how good samples are, as far as they are loaded.
+
+        None may have had a part in making them. This is ``network``; features that hold theirs
+        elsewhere override it.
+        """
+        network = getattr(self, "network", None)
+        return [network] if isinstance(network, nn.Module) else []
+
     def to(self, device: torch.device) -> None:
         """Moves the loaded network, so that it takes no GPU memory between evaluations.
 
         This moves ``network``; features that hold theirs elsewhere override it.
         """
         network = getattr(self, "network", None)
-        if isinstance(network, torch.nn.Module):
+        if isinstance(network, nn.Module):
             network.to(device)
         if hasattr(self, "device"):
             self.device = device
@@ -144,7 +152,6 @@ class Metric(ABC):
         pairs: how many pairs are compared, for a metric of pairs.
         needs_prompts: whether samples must have prompts.
         needs_conditions: names of the conditions that samples must have.
-        judges: networks, by fingerprint, that must have had no part in making the samples.
         own_values: names of its values that the reference has no part in.
         better: the names of its values, and which way each is better.
     """
@@ -154,9 +161,16 @@ class Metric(ABC):
     pairs: int = 256
     needs_prompts: bool = False
     needs_conditions: Sequence[str] = ()
-    judges: Mapping[str, str] = MappingProxyType({})
     own_values: frozenset[str] = frozenset()
     better: Mapping[str, Better]
+
+    def judges(self) -> Sequence[nn.Module]:
+        """Networks that must have had no part in making the samples, as far as they are loaded."""
+        return [] if self.features is None else self.features.judges()
+
+    def guides(self) -> Sequence[nn.Module]:
+        """Networks of which the values say that they guided, where samples are guided at all."""
+        return []
 
     def check(self, num_samples: int) -> None:  # noqa: B027 - most metrics take any number
         """Complains before anything is sampled; called when a run starts.

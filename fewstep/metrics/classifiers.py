@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -12,16 +11,9 @@ from torch import Tensor, nn
 from fewstep.errors import FewstepError
 from fewstep.metrics.arithmetic import full_float32
 from fewstep.metrics.base import Better, Features, Metric, Reference, Samples, Statistics, to_uint8
+from fewstep.metrics.fingerprints import fingerprint, shares_weights
+from fewstep.metrics.judging import correct
 from fewstep.metrics.means import Means
-
-
-def fingerprint(network: nn.Module) -> str:
-    """A name for what a network is: of its class, weights and buffers."""
-    digest = hashlib.sha256(type(network).__name__.encode())
-    for name, tensor in sorted(network.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()[:16]
 
 
 class GuideAndJudge(Features):
@@ -45,7 +37,7 @@ class GuideAndJudge(Features):
         self.networks = {"guide": guide.eval(), "judge": judge.eval()}
         self.shift, self.factor = shift, factor
         self.sha256 = {name: fingerprint(network) for name, network in self.networks.items()}
-        if self.sha256["guide"] == self.sha256["judge"]:
+        if shares_weights(guide, judge):
             raise FewstepError(
                 "GuideAndJudge was given one network as guide and judge, whose gap would always be "
                 "0. Give a judge of another kind, or one that was trained on other data."
@@ -61,6 +53,9 @@ class GuideAndJudge(Features):
     def to(self, device: torch.device) -> None:
         for network in self.networks.values():
             network.to(device)
+
+    def judges(self) -> Sequence[nn.Module]:
+        return [self.networks["judge"]]
 
     def identity(self) -> Hashable:
         return (type(self), *self.sha256.values(), self.shift, self.factor)
@@ -102,13 +97,16 @@ class ClassAccuracy(Metric):
         self.features: Features = features
         self.label = label
         self.needs_conditions = (label,)
-        self.judges = {features.sha256["judge"]: type(features.networks["judge"]).__name__}
+        self.named_guide = features.networks["guide"]
         self.better: dict[str, Better] = {
             "guide_accuracy": "higher",
             "judge_accuracy": "higher",
             "guide_judge_gap": "lower",
         }
         self.own_values = frozenset(self.better)
+
+    def guides(self) -> Sequence[nn.Module]:
+        return [self.named_guide]
 
     def statistics(self) -> Statistics:
         return Means(["guide", "judge"], self._right)
@@ -125,12 +123,8 @@ class ClassAccuracy(Metric):
                 f"ClassAccuracy compares with each sample's '{self.label}', which these samples "
                 "were not given; leave it out of the Evaluation callback's `metrics`."
             )
-        found = []
-        for name in ("guide", "judge"):
-            logits = features[name]
-            labels = conditions[self.label].to(logits.device)
-            found.append(logits.isfinite().all(1) & (logits.argmax(1) == labels))
-        return found
+        labels = conditions[self.label]
+        return [correct(features[name], labels) for name in ("guide", "judge")]
 
     def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
         assert isinstance(generated, Means)

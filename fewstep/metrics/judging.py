@@ -14,32 +14,24 @@ from fewstep.errors import FewstepError
 from fewstep.metrics.neighbours import blocks
 
 
-def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Share of the samples whose largest logit is that of their label.
+def correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Whether each sample's largest logit is that of its label, ``(N,)`` bool.
 
     Args:
-        logits: ``(N, classes)``.
+        logits: ``(N, classes)``; of those with anything that is not finite, none is right.
         labels: ``(N,)`` integers.
-
-    Returns:
-        A scalar between 0 and 1. Logits with anything that is not finite count as wrong.
     """
     if len(logits) != len(labels) or not len(labels):
         raise FewstepError(
             f"Accuracy needs a label for each sample; got {len(logits)} rows of logits and "
             f"{len(labels)} labels."
         )
-    sound = logits.isfinite().all(1)
-    return (sound & (logits.argmax(1) == labels)).double().mean()
+    return logits.isfinite().all(1) & (logits.argmax(1) == labels.to(logits.device))
 
 
-def guide_judge_gap(guide_logits: Tensor, judge_logits: Tensor, labels: Tensor) -> Tensor:
-    """The guide's accuracy on samples that it guided, less the judge's on the same samples.
-
-    A scalar between -1 and 1. Well above 0, the gradient was adversarial: it moved the guide's
-    opinion and not the picture (Shen et al. 2024, section 3.2, who compare losses instead).
-    """
-    return accuracy(guide_logits, labels) - accuracy(judge_logits, labels)
+def accuracy(logits: Tensor, labels: Tensor) -> Tensor:
+    """The share of samples that are :func:`correct`, a scalar between 0 and 1."""
+    return correct(logits, labels).double().mean()
 
 
 def nearest_distances(samples: Tensor, data: Tensor) -> Tensor:

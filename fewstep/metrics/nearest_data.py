@@ -14,9 +14,10 @@ from fewstep.metrics.rows import Rows
 class NearestDataDistance(Metric):
     """``nearest_data_ratio``: distance to the nearest datum, where 1 is that of unseen data.
 
-    The mean over samples of the distance, in pixels, to the nearest of every second datum, over
-    that of the data between them. Well above 1 samples have left the data's manifold, as guidance
-    that is too strong drives them to; near 0 they are copies.
+    The mean over samples of the Euclidean distance, of pixels in [-1, 1], to the nearest of every
+    second datum, over that of the data between them. Well above 1 samples have left the data's
+    manifold, as guidance that is too strong drives them to. Copies of all the data have 0.5: half
+    of them are among those that distances are measured to.
 
     Args:
         most: samples of a set that are kept, those with the smallest numbers.

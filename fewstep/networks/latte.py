@@ -16,6 +16,8 @@ from torch.nn.functional import silu
 
 from fewstep.diffusion.denoiser import Backbone, Cond
 from fewstep.errors import FewstepError
+from fewstep.networks.classes import check_labels
+from fewstep.networks.first_weights import start_as_dit
 from fewstep.networks.patches import from_patches, patch_grid, to_patches
 
 TIME_CHANNELS = 256
@@ -25,9 +27,10 @@ class Latte(Backbone):
     """Latte (Ma et al. 2024, arXiv 2401.03048), variant 1, for clips ``(B, C, F, H, W)``.
 
     Even blocks let the patches of a frame attend to each other, odd ones the frames of a place.
-    Time and class modulate each block by a projection of its own (adaLN-Zero, as in DiT). Blocks
-    and output start at zero. (diffusers' LatteTransformer3DModel is the later network for text,
-    which knows no classes and shares one projection.)
+    Time and class modulate each block by a projection of its own (adaLN-Zero, as in DiT). Its
+    first weights are drawn as DiT's, blocks and output being zero. (diffusers'
+    LatteTransformer3DModel is the later network for text, which knows no classes and shares one
+    projection.)
 
     Args:
         sample_size: height and width of a frame.
@@ -92,14 +95,9 @@ class Latte(Backbone):
         self.out_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.out_modulation = nn.Linear(width, 2 * width)
         self.out = nn.Linear(width, values)
-        self._start_at_zero()
-
-    def _start_at_zero(self) -> None:
-        if self.class_embed is not None:
-            nn.init.normal_(self.class_embed.weight, std=0.02)
-        for linear in (self.out_modulation, self.out):
-            nn.init.zeros_(linear.weight)
-            nn.init.zeros_(linear.bias)
+        embeddings = [self.time_embed, *([] if self.class_embed is None else [self.class_embed])]
+        modulations = [cast(LatteBlock, block).modulation for block in self.blocks]
+        start_as_dit(self, embeddings, [*modulations, self.out_modulation, self.out])
 
     @property
     def feature_blocks(self) -> dict[str, int]:
@@ -116,7 +114,12 @@ class Latte(Backbone):
         return {"class_labels": torch.full_like(cond["class_labels"], self.num_classes)}
 
     def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor | None = None) -> Tensor:
-        """Args: ``x_t (B, C, F, H, W)``, ``t (B,)``, ``class_labels (B,)`` integers."""
+        """Args: ``x_t (B, C, F, H, W)``, ``t (B,)``, ``class_labels (B,)`` integers.
+
+        Raises:
+            FewstepError: if there are labels and no classes, or the other way round.
+        """
+        check_labels(self, class_labels, self.class_embed is not None)
         dtype = self.embed.weight.dtype
         about = self.time_embed(self.time_features(t).to(dtype))
         if self.class_embed is not None:
@@ -156,7 +159,6 @@ class LatteBlock(BasicTransformerBlock):
         self.across_time = across_time
         # diffusers' table is this layer's bias.
         self.modulation = nn.Linear(width, 6 * width, bias=False)
-        nn.init.zeros_(self.modulation.weight)
         nn.init.zeros_(cast(Tensor, self.scale_shift_table))
 
     def forward(self, hidden_states: Tensor, about: Tensor) -> Tensor:

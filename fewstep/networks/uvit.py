@@ -10,7 +10,8 @@ from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Backbone, Cond
-from fewstep.errors import FewstepError
+from fewstep.networks.classes import check_labels
+from fewstep.networks.gates.precision import StreamLinear
 from fewstep.networks.patches import from_patches, patch_grid, to_patches
 
 
@@ -157,12 +158,7 @@ class UViT(Backbone):
 
     def _about(self, t: Tensor, class_labels: Tensor | None) -> list[Tensor]:
         """The class's token and the time's, ``(B, 1, width)`` each."""
-        if (class_labels is None) != (self.class_embed is None):
-            raise FewstepError(
-                "This UViT "
-                + ("has no classes" if self.class_embed is None else "needs class labels")
-                + " and the data say otherwise; change num_classes or data.conditions."
-            )
+        check_labels(self, class_labels, self.class_embed is not None)
         time = self.time_features(t).to(self.embed.weight.dtype)
         if self.time_embed is not None:
             time = self.time_embed(time)
@@ -179,7 +175,7 @@ class Fuse(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.skip_linear = nn.Linear(2 * width, width)
+        self.skip_linear = StreamLinear(2 * width, width)
 
     def forward(self, tokens: Tensor, skip: Tensor) -> Tensor:
         """Args: both ``(B, N, width)``."""

@@ -23,7 +23,7 @@ from scripts.gates.stacks import HEAD_DIM, BlockStack, Kind
 
 SAMPLES, TOKENS = 4, 16
 Stream = Literal["same", "float32"]
-INITS: tuple[Init, ...] = get_args(Init)
+ALPHAS: dict[Init, str] = {"identity": "1", "depth": "1/sqrt(2L)", "ode": "1/(2L)", "zero": "0"}
 HEAD = (
     *("network", "alpha", "blocks", "norms z_L / z_0", "norms g_0 / g_L"),
     *("bf16 error", "bf16 error, float32 stream"),
@@ -161,9 +161,8 @@ def table(rows: Sequence[Measured]) -> str:
 
 
 def _cells(row: Measured) -> tuple[str, ...]:
-    alpha = {"identity": "1", "depth": "1/sqrt(2L)", "ode": "1/(2L)", "zero": "0"}[row.init]
     numbers = (_number(getattr(row, name)) for name in NUMBERS)
-    return (row.network, alpha, str(row.depth), *numbers)
+    return (row.network, ALPHAS[row.init], str(row.depth), *numbers)
 
 
 def _number(value: float) -> str:

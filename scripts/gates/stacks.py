@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 Kind = Literal["pre-LN", "no-norm", "adaLN-Zero"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
 HEAD_DIM = 16
 
 

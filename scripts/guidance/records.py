@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.guidance import Trial
-
-ADDRESS = re.compile(r" at 0x[0-9a-f]+")  # of things that have no other name
 
 
 @dataclass(frozen=True)
@@ -52,7 +49,7 @@ class Records:
         Raises:
             FewstepError: if it is of another search.
         """
-        about = json.loads(ADDRESS.sub("", json.dumps(about)))
+        about = json.loads(json.dumps(about))  # as it will be read
         records = cls(path, about)
         path.parent.mkdir(parents=True, exist_ok=True)
         # A line that was being written when the process was killed has no end, and no worth.

@@ -12,8 +12,9 @@ from lightning.pytorch.callbacks import Callback
 
 from callbacks.generation import Scene
 from fewstep.guidance import Bench, Guidance, Judge, Knob, SearchResult, beam_search, line_search
+from fewstep.guidance.described import described
 from fewstep.guidance.knobs import configured
-from lightning_modules.steering import Steering, described
+from lightning_modules.steering import Steering
 from scripts.guidance.overlay import Overlay
 from scripts.guidance.records import Records
 from scripts.guidance.table import notes, table

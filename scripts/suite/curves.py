@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from PIL import Image
+
+from scripts.line_charts import Lines, line_charts
 from scripts.loggers import read_metrics
-from scripts.suite.line_charts import Points, line_charts
+from scripts.suite.outcomes import Outcome, left_out, outcomes
 from scripts.suite.plan import Plan
-from scripts.suite.states import State
 from scripts.suite.tables import Rows, markdown, numbers_of
 from scripts.suite.variants import Variant, label_at, leading_keys, short_key
 
@@ -24,12 +26,17 @@ class Curves:
     Attributes:
         setting: the setting's dotted key.
         name: the same, as short as labels have it.
+        updates: of the runs at each value of the setting, if it has one number of them and not all
+            values have the same.
         quantities: by name, the values of each line at each value of the setting, one a seed.
+        shortfalls: by line and value of the setting, of how many runs that is, if not of all.
     """
 
     setting: str
     name: str
+    updates: dict[float, int] = field(default_factory=dict)
     quantities: dict[str, Rows] = field(default_factory=dict)
+    shortfalls: dict[str, dict[float, str]] = field(default_factory=dict)
 
 
 def write_curves(plan: Plan) -> list[Path]:
@@ -38,21 +45,20 @@ def write_curves(plan: Plan) -> list[Path]:
     Returns:
         The files; none if no grid has a number, or too little is done.
     """
-    done: dict[Variant, list[Path]] = {}
-    for cell in plan.cells:
-        if cell.standing.state is State.DONE:
-            done.setdefault(cell.variant, []).append(cell.folder)
+    found = outcomes(plan)
+    tried = {variant: outcome for variant, outcome in found.items() if outcome.tried}
     files: list[Path] = []
-    for setting in settings_of(list(done)):
-        found = curves(done, setting)
-        text, image = (plan.home / f"against_{found.name}.{end}" for end in ("md", "png"))
-        text.write_text(table(found), encoding="utf-8")
-        line_charts(charted(found.quantities), found.name).save(image)
+    for setting in settings_of(variant for variant, outcome in tried.items() if outcome.done):
+        drawn = curves(tried, setting)
+        text, image = (plan.home / f"against_{drawn.name}.{end}" for end in ("md", "png"))
+        parts = filter(None, [table(drawn), left_out(found)])
+        text.write_text("\n".join(parts), encoding="utf-8")
+        picture(drawn).save(image)
         files += [text, image]
     return files
 
 
-def settings_of(variants: Sequence[Variant]) -> list[str]:
+def settings_of(variants: Iterable[Variant]) -> list[str]:
     """Keys of grids that have different numbers in some variants."""
     values: dict[str, set[float]] = {}
     for variant in variants:
@@ -63,23 +69,30 @@ def settings_of(variants: Sequence[Variant]) -> list[str]:
     return [key for key, found in values.items() if len(found) > 1]
 
 
-def curves(runs: Mapping[Variant, Sequence[Path]], setting: str) -> Curves:
+def curves(runs: Mapping[Variant, Outcome], setting: str) -> Curves:
     """Numbers of all runs whose grid has the setting.
 
     Args:
-        runs: the folders of each variant, one a training seed.
+        runs: what became of each variant.
         setting: a key that grids go through.
     """
     keys = {key for variant in runs for key in leading_keys(variant.entry)}
     found = Curves(setting, short_key(setting, keys))
-    for variant, folders in runs.items():
+    updates: dict[float, set[int]] = {}
+    for variant, outcome in runs.items():
         if setting not in leading_keys(variant.entry):
             continue
+        at = variant.point[setting]
         line = label_at(variant.entry, variant.point, without=setting)
-        for folder in folders:
+        updates.setdefault(at, set()).add(variant.config["trainer"]["max_steps"])
+        if outcome.shortfall:
+            found.shortfalls.setdefault(line, {})[at] = outcome.shortfall
+        for folder in outcome.done:
             for (quantity, row), value in quantities_of(folder, line).items():
                 lines = found.quantities.setdefault(quantity, {})
-                lines.setdefault(row, {}).setdefault(variant.point[setting], []).append(value)
+                lines.setdefault(row, {}).setdefault(at, []).append(value)
+    if all(len(own) == 1 for own in updates.values()) and len(set.union(*updates.values())) > 1:
+        found.updates = {at: own.pop() for at, own in sorted(updates.items())}
     return found
 
 
@@ -97,18 +110,40 @@ def quantities_of(folder: Path, line: str) -> dict[tuple[str, str], float]:
 
 
 def table(found: Curves) -> str:
-    """Markdown tables, one a quantity, with the setting's values as columns."""
+    """Markdown tables, one a quantity, with the setting's values as columns.
+
+    Where they differ, a column's head names the updates too. A line of which no run is done has a
+    row all the same.
+    """
     lines = [cells for rows in found.quantities.values() for cells in rows.values()]
     seeds = max(len(values) for cells in lines for values in cells.values())
     spread = f", mean ± standard deviation over up to {seeds} training seeds" if seeds > 1 else ""
-    heads = f" against `{found.name}`{spread}"
-    parts = (f"`{name}`{heads}\n\n{markdown(rows)}" for name, rows in found.quantities.items())
+    about = f" against `{found.name}`{spread}"
+    heads = {at: f"{at} ({count:,} updates)" for at, count in found.updates.items()}
+    parts = []
+    for name, rows in found.quantities.items():
+        empty: Rows = {line: {} for line in found.shortfalls if not _rows_of(line, rows)}
+        notes = {row: own for line, own in found.shortfalls.items() for row in _rows_of(line, rows)}
+        notes |= {line: found.shortfalls[line] for line in empty}
+        parts.append(f"`{name}`{about}\n\n{markdown(rows | empty, heads, notes)}")
     return "\n".join(parts)
 
 
-def charted(quantities: Mapping[str, Rows]) -> dict[str, dict[str, Points]]:
-    """The same as points to draw: place, and the values there."""
-    return {
-        name: {line: sorted(cells.items()) for line, cells in rows.items()}
-        for name, rows in quantities.items()
-    }
+def _rows_of(line: str, rows: Iterable[str]) -> list[str]:
+    """A line's row, or one a role."""
+    return [row for row in rows if row == line or row.startswith(f"{line} (")]
+
+
+def picture(found: Curves) -> Image.Image:
+    """One chart a quantity; what its points are without stands below."""
+    charts: list[dict[str, Lines]] = [
+        {name: {line: sorted(cells.items()) for line, cells in rows.items()}}
+        for name, rows in found.quantities.items()
+    ]
+    ticks = {at: f"{at}\n{count:,} updates" for at, count in found.updates.items()}
+    notes = [
+        f"{line} at {at}: {shortfall}"
+        for line, own in found.shortfalls.items()
+        for at, shortfall in own.items()
+    ]
+    return line_charts(charts, f"across: {found.name}", ticks, notes)

@@ -22,7 +22,7 @@ from fewstep.errors import FewstepError
 from scripts.slurm.status import newest_update as newest_logged
 from scripts.slurm.status import tail
 from scripts.suite.plan import Cell, Plan
-from scripts.suite.states import LOCAL, Standing, State, newest_update, standing_of
+from scripts.suite.states import LOCAL, Standing, State, newest_update, reason, standing_of
 
 LOG = "fit.out"
 Bar: TypeAlias = "tqdm[Never]"  # it counts and goes through nothing
@@ -63,7 +63,7 @@ def run_cell(cell: Cell, bar: Bar, held: IO[str]) -> None:
     ended.write_text(f"{status}\n")
     cell.standing = standing_of(cell.folder, cell.asked, {})
     if cell.standing.state is not State.DONE and status != EXIT_STATUS:
-        cell.standing = Standing(State.FAILED, f"status {status}")
+        cell.standing = Standing(State.FAILED, reason(status))
     detail = f" ({cell.standing.detail})" if cell.standing.detail else ""
     bar.write(f"{cell.name}: {cell.standing.state}{detail}", sys.stdout)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from callbacks.finite import EXIT_STATUS as NOT_FINITE
 from callbacks.preemption import EXIT_STATUS
 from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
@@ -28,6 +29,7 @@ MEASURING = re.compile(
     r"model\.init_args\.step_counts|trainer\.callbacks\[(Evaluation|Samples)[^\]]*\]\..*"
 )
 UPDATE = re.compile(r"update_(\d+)")
+DIVERGED = "diverged"
 
 
 class State(StrEnum):
@@ -125,8 +127,13 @@ def standing_of(run: Path, asked: Asked, queue: Mapping[str, str]) -> Standing:
     reached = f"at update {update} of {asked.max_steps}" if update else ""
     status = exit_status(run)
     if status not in (None, 0, EXIT_STATUS):
-        return Standing(State.FAILED, ", ".join(filter(None, [f"status {status}", reached])))
+        return Standing(State.FAILED, ", ".join(filter(None, [reason(status), reached])))
     return Standing(State.PARTLY, reached) if update else Standing(State.TODO)
+
+
+def reason(status: int | None) -> str:
+    """Why a run failed, by its exit status."""
+    return DIVERGED if status == NOT_FINITE else f"status {status}"
 
 
 def measured(run: Path, asked: Asked) -> bool:

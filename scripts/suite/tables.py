@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,15 +30,28 @@ def numbers_of(folder: Path, label: str) -> dict[tuple[str, str, int], float]:
     return {key: statistics.fmean(found) for key, found in values.items()}
 
 
-def markdown(rows: Rows) -> str:
-    """A Markdown table of values by label and column, such as the number of steps."""
-    columns = sorted({column for cells in rows.values() for column in cells})
+def markdown(
+    rows: Rows,
+    heads: Mapping[float, str] | None = None,
+    notes: Mapping[str, Mapping[float, str]] | None = None,
+) -> str:
+    """A Markdown table of values by label and column, such as the number of steps.
+
+    Args:
+        heads: what stands above a column, if not its number.
+        notes: what stands behind a cell, by label and column.
+    """
+    heads, notes = heads or {}, notes or {}
+    named = [*rows.values(), *notes.values(), heads]
+    columns = sorted({column for cells in named for column in cells})
     lines = [
-        "| run | " + " | ".join(map(str, columns)) + " |",
+        "| run | " + " | ".join(heads.get(column, str(column)) for column in columns) + " |",
         "|---" * (len(columns) + 1) + "|",
     ]
     for label, cells in rows.items():
-        lines.append(f"| {label} | " + " | ".join(cell(cells.get(c)) for c in columns) + " |")
+        own = notes.get(label, {})
+        shown = (cell(cells.get(c)) + (f" ({own[c]})" if own.get(c) else "") for c in columns)
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
     return "\n".join(lines) + "\n"
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from callbacks import Checkpoints, FiniteLosses
+from callbacks.finite import EXIT_STATUS
 from datamodules import RingData
 from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
@@ -74,6 +75,7 @@ def test_a_run_stops_with_the_last_good_checkpoint_and_says_so(run: Run, tmp_pat
     assert "learning rate" in message
     assert "bf16" not in message, "the run was not in fp16"
     assert len(message.split("\n")) <= 3
+    assert getattr(stopped.value, "status", None) == EXIT_STATUS
     assert saved(tmp_path) == ["update_00000004.ckpt"], "a spoilt state was saved"
     run(set(), [Checkpoints(4)], ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt"))
 

@@ -82,7 +82,8 @@ def test_streams_are_those_of_the_first_micro_batch(tmp_path: Path) -> None:
         assert row["stream"] == pytest.approx(rms.item(), rel=1e-5)
         ratio = (output - given).square().mean().sqrt() / rms
         assert row["ratio"] == pytest.approx(ratio.item(), rel=1e-4)
-        assert row["gradient"] == pytest.approx(given.grad.norm().item(), rel=1e-5) != 0
+        slope = given.grad.square().mean().sqrt()
+        assert row["gradient"] == pytest.approx(slope.item(), rel=1e-5) != 0
 
 
 @pytest.mark.parametrize("options", [{"checkpoint_activations": True}, {"train_only": "gates"}])
@@ -129,8 +130,7 @@ def test_a_resumed_run_writes_its_updates_once(tmp_path: Path) -> None:
 
 def test_loggers_get_scalars(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
-    blocks = Blocks()
-    trainer = trainer_of("single", 1, 1, blocks, GateReport(1), folder=tmp_path)
+    trainer = trainer_of("single", 1, 1, GateReport(1), folder=tmp_path)
     trainer.loggers = [logger]
     trainer.fit(method("gated"), data_for("gated"))
     with (tmp_path / "metrics.csv").open(newline="") as file:
@@ -138,11 +138,6 @@ def test_loggers_get_scalars(tmp_path: Path) -> None:
     header = row.keys()
     gate = "student.transformer_blocks.0.ff.net.2.rdm_gate"
     assert {f"gates/{kind}/{gate}" for kind in ("alpha", "beta", "ratio")} <= set(header)
-    (first, *_), (_, output) = read_gate_report(tmp_path), blocks.passes[0]
-    growth = output.square().mean().sqrt().item() / first["stream"]
-    assert float(row["gates/growth/student"]) == pytest.approx(growth, rel=1e-5)
-    amplification = first["gradient"] / output.grad.norm().item()
-    assert float(row["gates/amplification/student"]) == pytest.approx(amplification, rel=1e-5)
 
 
 def _report_of_two(folder: Path, kind: str) -> tuple[Rows, dict[str, Any]]:

@@ -55,19 +55,19 @@ def test_ratios_are_those_of_the_first_micro_batch_with_gates_and_without(
         assert last.grad is not None
         gradient = (first.grad.norm() / last.grad.norm()).item()
         stream = (last.norm() / first.norm()).item()
-        assert dict(found["sensitivity/gradient"])[update] == pytest.approx(gradient, rel=1e-4)
-        assert dict(found["sensitivity/stream"])[update] == pytest.approx(stream, rel=1e-4)
+        assert dict(found["sensitivity/amplification"])[update] == pytest.approx(gradient, rel=1e-4)
+        assert dict(found["sensitivity/growth"])[update] == pytest.approx(stream, rel=1e-4)
 
 
 def test_by_default_the_last_update_alone_is_measured(tmp_path: Path) -> None:
     found = logged(tmp_path, 3, Sensitivity())
-    assert [step for step, _ in found["sensitivity/gradient"]] == [3]
+    assert [step for step, _ in found["sensitivity/amplification"]] == [3]
 
 
 def test_what_was_not_differentiated_has_no_ratio() -> None:
     one = torch.tensor(2.0)
     assert end_to_end([]) == {}
-    assert end_to_end([StreamNorms("a", "sample", one, one, one)]) == {"sensitivity/stream": 1.0}
+    assert end_to_end([StreamNorms("a", "sample", one, one, one)]) == {"sensitivity/growth": 1.0}
 
 
 def test_a_negative_number_of_updates_is_refused() -> None:

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from fewstep.diffusion import Denoiser, VPSchedule
 from fewstep.errors import FewstepError
-from fewstep.networks import DiT, load_denoiser
+from fewstep.networks import DiT, UViT, load_denoiser
 from fewstep.networks.gates import (
     ResidualGates,
     apply_gates,
@@ -93,6 +93,22 @@ def test_gates_alone_can_be_trained(tmp_path: Path) -> None:
     loaded = load_denoiser(tmp_path / "last.ckpt").denoiser
     for name, value in loaded.named_parameters():
         assert torch.equal(value, averaged[name])
+
+
+def test_gates_with_a_rate_of_zero_stay_where_they_start_and_all_else_is_trained() -> None:
+    gates = ResidualGates(mode="alpha", init="depth")
+    make = partial(UViT, 8, 1, num_layers=2, num_heads=2, head_dim=8, long_skips=False)
+    optimizer = partial(torch.optim.AdamW, lr=1e-2, weight_decay=0.1)
+    module = DiffusionTraining(
+        make, VPSchedule(), "v_prediction", optimizer=optimizer, gates=gates, gates_lr=0.0
+    )
+    module.configure_model()
+    before = {name: p.detach().clone() for name, p in module.student.named_parameters()}
+    trainer_of("single", 1, 2).fit(module, data_for("teacher"))
+    for name, value in module.student.named_parameters():
+        assert torch.equal(value, before[name]) == ("rdm_gate" in name), name
+    alphas = [1 + p.item() for p in gate_parameters(module.student)]
+    assert alphas == pytest.approx([0.5] * 4)
 
 
 def untrained(**options: Any) -> FewStepModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,6 +17,7 @@ from fewstep.networks import DiT
 from fewstep.networks.gates import ResidualGates
 from lightning_modules import DiffusionTraining, FewStepModule
 from lightning_modules.sensitivity_penalty import SensitivityPenalty
+from scripts.loggers import MetricsCSV, read_metrics
 
 import training_runs
 from training_runs import assert_same_run, data_for, method, trained, trainer_of
@@ -51,35 +53,44 @@ class Logged(pl.Callback):
         self.seen.append({name: value.item() for name, value in metrics.items()})
 
 
-def fit(updates: int, **options: Any) -> tuple[FewStepModule, list[dict[str, float]]]:
+def fit(
+    folder: Path, updates: int, **options: Any
+) -> tuple[FewStepModule, list[dict[str, float]], dict[int, float]]:
+    """The trained module, what each update logged, and the penalties by the updates they are of."""
     module, logged = method("gated", **OPTIONS, **options), Logged()
-    trainer_of("single", 1, updates, logged).fit(module, data_for("gated"))
-    return module, logged.seen
+    trainer = trainer_of("single", 1, updates, logged)
+    trainer.loggers = [MetricsCSV(folder)]
+    trainer.fit(module, data_for("gated"))
+    return module, logged.seen, dict(read_metrics(folder).get("train/sensitivity", []))
 
 
-def test_the_penalty_comes_every_so_many_updates_and_the_gates_excess_at_each() -> None:
-    _, logged = fit(4, sensitivity=PENALTY)
-    fresh = [one.get("train/sensitivity") for one in logged]
-    assert fresh[0] is not None
-    assert fresh[0] > 1e-3
-    assert fresh[0] == fresh[1] != fresh[2] == fresh[3]  # the last one known is kept between
+def test_the_penalty_comes_every_so_many_updates_and_the_gates_excess_at_each(
+    tmp_path: Path,
+) -> None:
+    _, logged, penalties = fit(tmp_path, 4, sensitivity=PENALTY)
+    assert list(penalties) == [1, 3]
+    assert penalties[1] > 1e-3
+    assert penalties[1] != penalties[3]
+    assert not any("train/sensitivity" in one for one in logged), "none is repeated"
     assert logged[0]["train/gate_excess"] == pytest.approx(4 * (4 * 1 - 1), rel=1e-5)
     assert len({one["train/gate_excess"] for one in logged}) == 4
 
 
 @pytest.mark.slow
-def test_a_weight_of_zero_changes_no_bit() -> None:
-    plain, logged = fit(2)
-    other, _ = fit(2, sensitivity=SensitivityPenalty())
+def test_a_weight_of_zero_changes_no_bit(tmp_path: Path) -> None:
+    plain, logged, penalties = fit(tmp_path / "a", 2)
+    other, *_ = fit(tmp_path / "b", 2, sensitivity=SensitivityPenalty())
     assert all(map(torch.equal, plain.student.parameters(), other.student.parameters()))
-    assert not any("sensitivity" in name or "excess" in name for one in logged for name in one)
+    assert not penalties
+    assert not any("excess" in name for one in logged for name in one)
 
 
-def test_a_heavy_penalty_makes_units_even() -> None:
-    _, first = fit(10, sensitivity=SensitivityPenalty(1e-6, every=1, units=2))
-    _, then = fit(10, sensitivity=SensitivityPenalty(100.0, every=1, units=2))
-    assert then[0]["train/sensitivity"] == pytest.approx(first[0]["train/sensitivity"])
-    assert then[-1]["train/sensitivity"] < 0.5 * first[-1]["train/sensitivity"]
+def test_a_heavy_penalty_makes_units_even(tmp_path: Path) -> None:
+    light, heavy = (SensitivityPenalty(weight, every=1, units=2) for weight in (1e-6, 100.0))
+    *_, first = fit(tmp_path / "light", 10, sensitivity=light)
+    *_, then = fit(tmp_path / "heavy", 10, sensitivity=heavy)
+    assert then[1] == pytest.approx(first[1])
+    assert then[10] < 0.5 * first[10]
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from callbacks.finite import EXIT_STATUS as NOT_FINITE
 from fewstep.errors import FewstepError
 from scripts.main import main, run
 from scripts.suite import local
@@ -211,6 +212,27 @@ def test_the_summary_has_means_and_deviations_over_seeds(here: Path) -> None:
     assert "over up to 3 training seeds" in lines[0]
     assert lines[2] == "| run | 4 | 8 |"
     assert lines[4] == "| teacher | 1.500 ± 0.707 | 3.000 |"
+
+
+def test_the_summary_says_of_how_many_runs_a_number_is_and_which_diverged(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def diverge(cell: Cell) -> int:
+        (cell.folder / "local" / "fit.out").write_text("error: not finite\n")
+        return NOT_FINITE if cell.variant.label == "lost" or cell.seed == 1 else 0
+
+    lost = {"experiment": "digits/teacher", "label": "lost"}
+    write_suite(seeds=[0, 1, 2], experiments=["digits/teacher", lost])
+    in_place_of_processes(monkeypatch, diverge)
+    assert main(["suite", "x.yaml"]) == 2
+    assert "teacher, seed 1 failed (diverged)" in capsys.readouterr().err
+    text = (HOME / "summary.md").read_text()
+    assert "| teacher (2 of 3 runs, 1 diverged) | 1.000 ± 0.000 |" in text
+    assert "| lost (0 of 3 runs, 3 diverged) | – |" in text
+    assert text.endswith(
+        "not in these numbers\n\n- `teacher`: diverged (seed 1)\n- `lost`: diverged (seed 0, 1, 2)\n"
+    )
+    assert plan().cells[1].standing.detail == "diverged", "it is known from the folder alone"
 
 
 # ---------------------------------------------------------------------- for real

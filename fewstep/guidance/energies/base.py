@@ -49,17 +49,18 @@ def _as_it_is(x0: Tensor) -> Tensor:
     return x0
 
 
-def needed(target: Target, energy: object, what: str) -> Tensor:
-    """The target of an energy that cannot do without, ``(N, ...)``.
+def needed(target: Target, energy: object, what: str, like: Tensor) -> Tensor:
+    """The target of an energy that cannot do without, ``(N, ...)``, where the samples are.
 
     Args:
         what: it is, for the error.
+        like: the samples.
 
     Raises:
         FewstepError: if there is none, or those of several energies were given.
     """
     if isinstance(target, Tensor):
-        return target
+        return target.to(like.device)
     given = "" if target is None else f", not a mapping with {', '.join(target)}"
     raise FewstepError(f"{type(energy).__name__} needs a target: {what}{given}.")
 

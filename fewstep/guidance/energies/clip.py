@@ -48,7 +48,9 @@ class CLIPDistance(Energy):
     @torch.no_grad()
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Targets ``(N, D)`` of prompts."""
-        return self._features.text_features(prompts)
+        network: Any = self.network
+        with torch.autocast(network.device.type, enabled=False):
+            return self._features.text_features(prompts)
 
     @torch.no_grad()
     def encode_images(self, pixels: Tensor) -> Tensor:
@@ -65,7 +67,8 @@ class CLIPDistance(Energy):
         return embedding
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        wanted = needed(target, self, "embeddings, from encode(prompts) or encode_images(pixels)")
+        what = "embeddings, from encode(prompts) or encode_images(pixels)"
+        wanted = needed(target, self, what, x0)
         return apart(self._embedded(x0), wanted, self.form)
 
 
@@ -108,6 +111,6 @@ class CLIPStyle(Energy):
             return patches.mT @ patches
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        wanted = needed(target, self, "Gram matrices, from encode_images(pixels)")
+        wanted = needed(target, self, "Gram matrices, from encode_images(pixels)", x0)
         found = self._gram(x0)
         return safe_norm(found - wanted.to(found)) / self.divisor

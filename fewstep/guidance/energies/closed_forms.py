@@ -29,7 +29,7 @@ class LinearMeasurement(Energy):
     noise_std: float = 1.0
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        measured = needed(target, self, "the measurement y of each sample")
+        measured = needed(target, self, "the measurement y of each sample", x0)
         residual = self.operator(x0) - measured
         if self.form == "norm":
             return safe_norm(residual)
@@ -51,7 +51,7 @@ class MixtureLikelihood(Energy):
     minimum: float = 0.0
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        labels = needed(target, self, "the class label of each sample")
+        labels = needed(target, self, "the class label of each sample", x0)
         mixture = self.mixture.to(x0)
         square = (x0[:, None, :] - mixture.means).square().sum(-1)  # (N, K)
         log_joint = mixture.weights.log() - x0.shape[1] * mixture.stds.log()

@@ -46,7 +46,7 @@ class MapDistance(NetworkDistance):
         return found
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        wanted = needed(target, self, "maps, as encode_images(pixels) makes them")
+        wanted = needed(target, self, "maps, as encode_images(pixels) makes them", x0)
         found = self.output(x0)
         if found.shape != wanted.shape:
             raise FewstepError(
@@ -91,5 +91,5 @@ class EmbeddingDistance(NetworkDistance):
         return found.flatten(1)
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        wanted = needed(target, self, "embeddings, as encode_images(pixels) makes them")
+        wanted = needed(target, self, "embeddings, as encode_images(pixels) makes them", x0)
         return apart(self.output(x0), wanted, self.form)

@@ -27,7 +27,7 @@ class ClassLabel(Energy):
     factor: float = 1.0
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        labels = needed(target, self, "the class label of each sample")
+        labels = needed(target, self, "the class label of each sample", x0)
         classifier = settled(self.classifier, self, x0)
         logits = classifier((x0 + self.shift) * self.factor)
         return F.cross_entropy(logits, labels.long(), reduction="none")
@@ -57,7 +57,7 @@ class Reward(Energy):
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
         network = settled(self.network, self, x0)
-        given = (x0,) if target is None else (x0, needed(target, self, "a row for each sample"))
+        given = (x0,) if target is None else (x0, needed(target, self, "a row for each sample", x0))
         reward: Tensor = network(*given)
         if reward.ndim == 2 and reward.shape[1] == 1:
             reward = reward[:, 0]

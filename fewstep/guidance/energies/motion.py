@@ -41,7 +41,7 @@ class FinalPosition(Energy):
     form: Literal["square", "norm"] = "square"
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
-        wanted = needed(target, self, "the point (N, D) where each trajectory should end")
+        wanted = needed(target, self, "the point (N, D) where each trajectory should end", x0)
         gap = _paths(x0, self.positions)[:, -1] - wanted
         return safe_length(gap) if self.form == "norm" else gap.square().sum(-1)
 
@@ -72,7 +72,8 @@ class ObstacleAvoidance(Energy):
 
     def distances(self, x0: Tensor, target: Target) -> Tensor:
         """From each frame to each obstacle, ``(N, F, O)``."""
-        centres = needed(target, self, "the centres (N, D) or (N, O, D) of each one's obstacles")
+        what = "the centres (N, D) or (N, O, D) of each one's obstacles"
+        centres = needed(target, self, what, x0)
         centres = centres[:, None] if centres.ndim == 2 else centres
         return safe_length(_paths(x0, self.positions)[:, :, None] - centres[:, None])
 

@@ -82,6 +82,10 @@ class PictureNetwork(nn.Module):
         with torch.autocast(given.device.type, enabled=False):
             return the_tensor(self.network(given), self.output).float()
 
+    def extra_repr(self) -> str:
+        """What tells it from another one with the same weights."""
+        return f"output={self.output!r}, preparation={self.preparation}"
+
     def train(self, mode: bool = True) -> PictureNetwork:
         """Stays in evaluation mode."""
         return super().train(False)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from fewstep.networks.gates.blocks import argument_of
 from fewstep.networks.gates.gate import FuseGate, Gate, SkipGate
 from fewstep.networks.gates.precision import (
+    IN_FLOAT32,
     STREAMS,
     check_streams,
     narrow_input,
@@ -83,7 +84,8 @@ def take_away(module: nn.Module) -> None:
     """Removes a module's own gates, and whatever was hooked to it for gates."""
     for name in GATE_NAMES:
         module._modules.pop(name, None)
-    vars(module).pop(STREAMS, None)
+    for name in (STREAMS, IN_FLOAT32):
+        vars(module).pop(name, None)
     before: list[dict[int, Any]] = [module._forward_pre_hooks_with_kwargs]
     after: list[dict[int, Any]] = [
         module._forward_hooks_with_kwargs,

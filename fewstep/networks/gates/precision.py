@@ -2,8 +2,8 @@
 
 A block's update of its stream is rounded to the branch's precision once; the stream itself, which
 every block adds to, is never rounded. What makes it so are hooks: a block takes its streams in
-float32, sums with them are float32 by promotion, and layers with weights in half precision take
-what they are given in that.
+float32, sums with them are float32 by promotion, layers with weights in half precision take what they
+are given in that, and maps of the stream itself compute in float32.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
@@ -21,8 +22,30 @@ from fewstep.networks.gates.gate import HALVES
 from fewstep.networks.gates.sites import LAYERS, Site, block_sites
 
 STREAMS = "rdm_streams"  # the attribute in which a block keeps where its streams are
+IN_FLOAT32 = "in_float32"  # of maps of a stream, whether they compute so
 # These take what they are given in their weights' precision; norms add up in float32 inside.
 CASTING = (*LAYERS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention)
+
+
+class StreamLinear(nn.Linear):
+    """A linear map of a stream itself, which where streams are kept so computes in float32.
+
+    Unlike a branch, whose update is rounded once and added, it would round all of the stream.
+
+    Attributes:
+        in_float32: whether it does, under autocast and with weights in half precision too.
+    """
+
+    in_float32 = False
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Args: ``input (..., C)``."""
+        if not self.in_float32:
+            return super().forward(input)
+        dtype = torch.promote_types(input.dtype, torch.float32)
+        bias = None if self.bias is None else self.bias.to(dtype)
+        with torch.autocast(input.device.type, enabled=False):
+            return F.linear(input.to(dtype), self.weight.to(dtype), bias)
 
 
 @dataclass(frozen=True)
@@ -80,7 +103,9 @@ def keep_streams_float32(network: nn.Module) -> None:
         block.register_forward_pre_hook(widen_streams, with_kwargs=True)
         block.register_forward_hook(check_streams)
     for module in network.modules():
-        if isinstance(module, CASTING):
+        if isinstance(module, StreamLinear):
+            module.in_float32 = True
+        elif isinstance(module, CASTING):
             module.register_forward_pre_hook(narrow_input, with_kwargs=True)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from fewstep.errors import FewstepError
 from fewstep.networks.gates.blocks import Side
 from fewstep.networks.gates.gate import Gate
 from fewstep.networks.gates.gated import gates_of, network_of
+from fewstep.networks.gates.shards import sum_of_shards
 from fewstep.networks.gates.streams import StreamNorms, gate_places, watched_streams
 
 
@@ -27,8 +29,10 @@ class Sensitivity:
     """A stream from the first block that has it to the last, ``z_0`` to ``z_L``.
 
     Attributes:
-        growth: ``|z_L| / |z_0|``, of root mean squares.
+        growth: ``|z_L| / |z_0|``.
         amplification: ``|dL/dz_0| / |dL/dz_L|``; None where no gradient came.
+
+    Both are of root mean squares, which are to each other as norms where a stream keeps its shape.
     """
 
     growth: float
@@ -74,30 +78,46 @@ def measure(model: nn.Module, loss: Callable[[], Tensor]) -> Sensitivity:
     return sensitivity(streams)
 
 
-def gate_excess(model: nn.Module) -> Tensor:
-    """``sum max(0, alpha^2 n - 1)`` over gates, with a graph; ``n`` of them add to one stream.
-
-    Zero where gates start with ``init: depth`` and as long as none grows beyond that. Alpha's mean
-    square counts of gates with one a channel. A collective, if the gates are sharded.
+def alpha_gates(model: nn.Module) -> list[list[Gate]]:
+    """A network's gates with an alpha, those that add to the same stream together.
 
     Raises:
-        FewstepError: if no gate has an alpha.
+        FewstepError: if there are none.
     """
-    sides: dict[str, list[Tensor]] = {}
+    sides: dict[str, list[Gate]] = {}
     places = gate_places(model)
     for name, gate in gates_of(network_of(model)):
         if isinstance(gate, Gate) and gate.delta is not None:
-            delta = gate.delta
-            whole = delta.full_tensor() if isinstance(delta, DTensor) else delta
             place = places[name]
-            side = "sample" if place is None else place[1]
-            sides.setdefault(side, []).append((1 + whole).square().mean())
+            sides.setdefault("sample" if place is None else place[1], []).append(gate)
     if not sides:
         raise FewstepError(
             f"This {type(network_of(model)).__name__} has no gates with an alpha. Set `gates`, in "
             "a mode that has one."
         )
-    return torch.cat([torch.relu(torch.stack(own) * len(own) - 1) for own in sides.values()]).sum()
+    return list(sides.values())
+
+
+def gate_excess(streams: Sequence[Sequence[Gate]]) -> Tensor:
+    """``sum max(0, alpha^2 n - 1)`` over gates, with a graph; ``n`` of them add to one stream.
+
+    Zero where gates start with ``init: depth`` and as long as none grows beyond that. Alpha's mean
+    square counts of gates with one a channel; what the time adds to alpha does not. A collective,
+    one for all gates, if they are sharded.
+
+    Args:
+        streams: see :func:`alpha_gates`.
+    """
+    deltas = [cast(Tensor, gate.delta) for own in streams for gate in own]
+    sums = torch.stack([(1 + _local(d)).square().sum() / d.numel() for d in deltas])
+    if isinstance(deltas[0], DTensor):
+        sums = sum_of_shards(sums, deltas[0])
+    parts = sums.split([len(own) for own in streams])
+    return torch.cat([torch.relu(part * len(part) - 1) for part in parts]).sum()
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 @torch.no_grad()

@@ -31,7 +31,7 @@ class StreamNorms:
         stream: root mean square of what the block is given.
         update: that of what it adds, gates included.
         after: root mean square of what the block gives.
-        gradient: norm of the loss's gradient by what it is given; None where none has come.
+        gradient: root mean square of the loss's gradient by what it is given; None where none came.
         gradient_after: that by what it gives.
     """
 
@@ -144,7 +144,7 @@ def _note(
 
 def _note_gradient(norms: StreamNorms, name: str, gradient: Tensor) -> None:
     if getattr(norms, name) is None:
-        setattr(norms, name, gradient.detach().float().norm())
+        setattr(norms, name, _rms(gradient.detach().float()))
 
 
 def _rms(tensor: Tensor) -> Tensor:

@@ -101,6 +101,14 @@ def test_features_are_maps_of_patches() -> None:
     assert feature[0, 5, 2, 1, 0] == (2 * 4 + 2) * 16 + 5
 
 
+def test_labels_without_classes_and_classes_without_labels_are_refused() -> None:
+    x_t, t, labels = inputs()
+    with pytest.raises(FewstepError, match="This Latte has no classes and the data say otherwise"):
+        tiny(num_classes=None)(x_t, t, labels)
+    with pytest.raises(FewstepError, match="This Latte needs class labels"):
+        tiny()(x_t, t)
+
+
 def test_sizes_that_do_not_divide_are_refused() -> None:
     with pytest.raises(FewstepError, match="do not divide into patches"):
         tiny(patch_size=3)

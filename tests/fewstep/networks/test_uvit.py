@@ -158,6 +158,31 @@ def test_all_gates_of_branches_and_skips_merge() -> None:
     assert list(network.state_dict()) == names
 
 
+@pytest.mark.parametrize("autocast", [False, True], ids=["bfloat16 weights", "autocast"])
+def test_long_skips_do_not_round_a_stream_that_is_kept_in_float32(autocast: bool) -> None:
+    network, seen = tiny(), []
+    apply_gates(network, ResidualGates(mode="alpha", skip=True, stream_dtype="float32"))
+    network = network if autocast else network.to(torch.bfloat16)
+    for fuse in network.fuses:
+        fuse.register_forward_hook(lambda _, args, output: seen.append((*args, output)))
+
+    def run() -> None:
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            network(*inputs())
+
+    run()
+    assert len(seen) == 2
+    for fuse, (tokens, skip, output) in zip(network.fuses, seen, strict=True):
+        layer = fuse.skip_linear
+        both = torch.cat([tokens, skip], dim=-1)
+        wanted = nn.functional.linear(both.float(), layer.weight.float(), layer.bias.float())
+        assert tokens.dtype == skip.dtype == output.dtype == torch.float32
+        assert torch.equal(output, wanted)
+    merge_gates(network)
+    run()
+    assert {output.dtype for *_, output in seen[2:]} == {torch.bfloat16}, "gates end it"
+
+
 @pytest.mark.slow
 @pytest.mark.threads
 @pytest.mark.parametrize("gates", [None, ResidualGates(mode="full", level="block", skip=True)])

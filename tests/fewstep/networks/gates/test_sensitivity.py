@@ -13,6 +13,7 @@ from fewstep.errors import FewstepError
 from fewstep.networks import DiT
 from fewstep.networks.gates import ResidualGates, apply_gates, gates_of
 from fewstep.networks.gates.sensitivity import (
+    alpha_gates,
     gate_excess,
     measure,
     relative_error,
@@ -90,18 +91,18 @@ def test_the_excess_of_gates_is_what_is_beyond_their_start_by_depth() -> None:
     network = DiT(8, 3, num_layers=2)
     apply_gates(network, ResidualGates(mode="alpha", init="depth"))
     gates = [gate for _, gate in gates_of(network)]
-    assert gate_excess(network).item() == pytest.approx(0, abs=1e-6)
+    assert gate_excess(alpha_gates(network)).item() == pytest.approx(0, abs=1e-6)
     with torch.no_grad():
         gates[0].get_parameter("delta").fill_(-0.25)  # 4 * 0.75^2 - 1 = 1.25
         gates[1].get_parameter("delta").fill_(-0.99)
-    excess = gate_excess(network)
+    excess = gate_excess(alpha_gates(network))
     assert excess.item() == pytest.approx(1.25, rel=1e-6)
     excess.backward()
     slopes = [gate.get_parameter("delta").grad for gate in gates[:2]]
     assert slopes[0].item() == pytest.approx(2 * 4 * 0.75, rel=1e-6)
     assert slopes[1].item() == 0
     with pytest.raises(FewstepError, match="no gates with an alpha"):
-        gate_excess(DiT(8, 3, num_layers=1))
+        alpha_gates(DiT(8, 3, num_layers=1))
 
 
 # ------------------------------------------------------------ the ODE, of which a stack is a solver
