@@ -11,7 +11,7 @@ from torch import nn
 
 from fewstep.diffusion import Denoiser
 from fewstep.errors import FewstepError
-from fewstep.networks.folders import find_folder
+from fewstep.networks.folders import family_of, find_folder
 from fewstep.networks.gates import ResidualGates, apply_gates, gate_parameters, is_gated
 from fewstep.networks.gates.starts import is_asleep
 from fewstep.networks.lora import LoRA, SharedBase, share_base
@@ -146,7 +146,7 @@ class BuiltRoles(SteeredRoles):
         """Text encoders and VAE of the pipeline that was named, or else the teacher's."""
         origins = [origin.get("pipeline") for origin in self.provenance.values()]
         folder = self.pipeline or next(filter(None, origins), None)
-        if folder is not None:
+        if folder is not None and family_of(find_folder(folder)).latent:
             dtype = getattr(torch, self.encoder_precision)
             self.companions = Companions(
                 find_folder(folder),

@@ -81,6 +81,15 @@ def family_of(folder: Path) -> Family:
     return FAMILIES[pipeline_name(folder)]
 
 
+def part_of(folder: Path, part: str) -> str:
+    """The folder of a pipeline's part within its own.
+
+    Of repositories of nothing but a network and a scheduler, as DDPM's, that may be the same.
+    """
+    flat = not (folder / part).is_dir() and (folder / "config.json").is_file()
+    return "." if flat else part
+
+
 # ---------------------------------------------------------------------- sizes
 
 
@@ -97,12 +106,19 @@ def vae_factors(vae: Config) -> tuple[int, int]:
     return 1, 2 ** (len(blocks) - 1)
 
 
+def pixel_factors(folder: Path) -> tuple[int, int]:
+    """Pixels a number of a sample in time and in space: of a latent, or 1 where there is no VAE."""
+    if not family_of(folder).latent:
+        return 1, 1
+    return vae_factors(read_json(folder / "vae" / "config.json"))
+
+
 def native_size(folder: Path) -> tuple[int, int] | None:
     """Height and width in pixels the pipeline was made for, if its folder tells."""
     try:
         family = family_of(folder)
-        network = read_json(folder / family.part / "config.json")
-        _, factor = vae_factors(read_json(folder / "vae" / "config.json"))
+        network = read_json(folder / part_of(folder, family.part) / "config.json")
+        _, factor = pixel_factors(folder)
     except (FewstepError, KeyError):
         return None
     sample = network.get("sample_size") or family.latent_size
@@ -119,13 +135,13 @@ def read_configs(folder: Path, family: Family, size: tuple[int, int] | None = No
     Args:
         size: height and width of samples in pixels; by default what the pipeline was made for.
     """
-    network = read_json(folder / family.part / "config.json")
-    vae = read_json(folder / "vae" / "config.json")
+    network = read_json(folder / part_of(folder, family.part) / "config.json")
+    vae = read_json(folder / "vae" / "config.json") if family.latent else {}
     index = read_json(folder / "model_index.json")
     chosen = size or native_size(folder)
     if chosen is None:
         raise FewstepError(f"'{folder}' does not tell for which size it was made; give the size.")
-    return Configs(index, network, vae, chosen, vae_factors(vae))
+    return Configs(index, network, vae, chosen, pixel_factors(folder))
 
 
 def sample_shape(configs: Configs, family: Family, frames: int | None = None) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from fewstep.errors import FewstepError
-from fewstep.networks.folders import vae_factors
+from fewstep.networks.folders import family_of, vae_factors
 from fewstep.networks.parts import load_part
 
 
@@ -83,6 +83,8 @@ class LatentCodec:
         tiling: bool = False,
         slicing: bool = False,
     ) -> None:
+        if not (folder / "vae").is_dir() and not family_of(folder).latent:
+            raise FewstepError(f"'{folder}' makes pixels: it has no VAE, and nothing is encoded.")
         vae = load_part(folder, "vae", dtype).to(device)
         if vae.config.get("force_upcast"):
             vae.to(torch.float32)

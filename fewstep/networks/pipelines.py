@@ -19,6 +19,7 @@ from fewstep.networks.families import DiffusersBackbone, Family
 from fewstep.networks.folders import (
     family_of,
     find_folder,
+    part_of,
     read_configs,
     read_json,
     sample_shape,
@@ -65,7 +66,7 @@ class LoadedPipeline:
 
     @cached_property
     def latents(self) -> LatentCodec:
-        """The VAE, loaded when first asked for."""
+        """The VAE, loaded when first asked for; there is none where samples are pixels."""
         return LatentCodec(self.folder, self.device, self.dtype)
 
 
@@ -139,12 +140,13 @@ def read_null(path: str | Path) -> dict[str, Tensor]:
 def network_parts(folder: Path, family: Family) -> list[str]:
     """The parts of a folder that make the denoising network."""
     separate = _is_bare_unet(folder, family)
-    return [family.part, "motion_adapter"] if separate else [family.part]
+    part = part_of(folder, family.part)
+    return [part, "motion_adapter"] if separate else [part]
 
 
 def load_network(folder: Path, family: Family, weights: bool = True) -> Any:
     """The denoising network of a pipeline's folder, in float32, with or without its weights."""
-    network = load_part(folder, family.part, weights=weights)
+    network = load_part(folder, part_of(folder, family.part), weights=weights)
     if _is_bare_unet(folder, family):
         adapter = load_part(folder, "motion_adapter", weights=weights)
         network = family.backbone.network_class.from_unet2d(network, adapter)

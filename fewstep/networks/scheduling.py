@@ -12,7 +12,7 @@ import diffusers
 from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.schedules import FlowSchedule, Schedule, VPSchedule
 from fewstep.errors import FewstepError
-from fewstep.networks.folders import read_json
+from fewstep.networks.folders import part_of, read_json
 
 
 def read_schedule(folder: Path, num_tokens: int) -> tuple[Schedule, PredictionType]:
@@ -27,7 +27,7 @@ def read_schedule(folder: Path, num_tokens: int) -> tuple[Schedule, PredictionTy
     Raises:
         FewstepError: if the scheduler is missing, or of a kind that has no such schedule.
     """
-    given = read_json(folder / "scheduler" / "scheduler_config.json")
+    given = read_json(folder / part_of(folder, "scheduler") / "scheduler_config.json")
     cls = getattr(diffusers, str(given.get("_class_name")), None)
     if cls is None:
         raise FewstepError(

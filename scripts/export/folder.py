@@ -17,7 +17,7 @@ from fewstep.errors import FewstepError
 from fewstep.networks import DiT
 from fewstep.networks.families import DiffusersBackbone, Family
 from fewstep.networks.families.base import plain_config
-from fewstep.networks.folders import family_of, read_json
+from fewstep.networks.folders import family_of, part_of, read_json
 from fewstep.networks.gates import is_gated, merge_gates
 from fewstep.networks.parts import WHOLE
 from scripts.export.calls import FILE_NAME
@@ -89,7 +89,7 @@ def check_base(base: Path, denoiser: Denoiser) -> Family:
             f"{type(denoiser.backbone).__name__}. Give the pipeline it was distilled from: "
             "--pipeline FOLDER."
         )
-    there = read_json(base / family.part / "config.json")
+    there = read_json(base / part_of(base, family.part) / "config.json")
     here = plain_config(plain_network(denoiser))
     if there.get("_class_name") == type(plain_network(denoiser)).__name__:
         names = [n for n in here if n in there and n not in NOT_COMPARED and here[n] != there[n]]

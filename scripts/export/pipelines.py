@@ -11,7 +11,7 @@ import diffusers
 from fewstep.errors import FewstepError
 from fewstep.networks.families import Family
 from fewstep.networks.families.flux import PIPELINE_GUIDANCE
-from fewstep.networks.folders import find_folder, read_json, vae_factors, weights_hash
+from fewstep.networks.folders import find_folder, pixel_factors, read_json, weights_hash
 from fewstep.networks.lora import LoRADenoiser
 from fewstep.networks.lora_files import save_adapter
 from fewstep.networks.pipelines import network_parts
@@ -48,6 +48,7 @@ def export_pipeline(request: Request, student: Student, folder: Path) -> Exporte
         save_adapter(denoiser, folder)
         match.scheduler.save_pretrained(folder / "scheduler")
     else:
+        _check_scheduler_stays(family, match.scheduler)
         write_pipeline(folder, base, family, denoiser, match.scheduler, request.half)
     videos, scheduler = len(denoiser.sample_shape) == 4, type(match.scheduler).__name__
     snippets = [pipeline_snippet(name, call, takes, videos, adapted, scheduler) for call in calls]
@@ -125,9 +126,18 @@ def _check_adapter_fits(base: Path, family: Family, denoiser: LoRADenoiser) -> N
         )
 
 
+def _check_scheduler_stays(family: Family, scheduler: Any) -> None:
+    name = type(scheduler).__name__
+    if family.pipeline == "DDIMPipeline" and name != "DDIMScheduler":
+        raise FewstepError(
+            f"This student samples with {name}, and a DDIMPipeline puts its own scheduler in that "
+            "one's place. Write DDPMPipeline into the base pipeline's model_index.json."
+        )
+
+
 def _size(base: Path, family: Family, shape: tuple[int, ...]) -> dict[str, Any]:
     """The size of the samples the student was trained on, as the pipeline takes it."""
-    time, space = vae_factors(read_json(base / "vae" / "config.json"))
+    time, space = pixel_factors(base)
     found: dict[str, Any] = {"height": shape[-2] * space, "width": shape[-1] * space}
     if len(shape) == 4:
         found["num_frames"] = (shape[1] - 1) * time + 1

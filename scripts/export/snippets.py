@@ -35,7 +35,8 @@ def pipeline_snippet(
         f'    {_literal(adapter)}, subfolder="scheduler"',
         ")",
     ]
-    asked = {"prompt": "a photo of a cat"} if "prompt" in takes else {"class_labels": [207]}
+    examples = {"prompt": "a photo of a cat", "class_labels": [207]}
+    asked = {name: value for name, value in examples.items() if name in takes}
     given = [
         f"    {name}={_literal(value)}," for name, value in {**asked, **call.arguments}.items()
     ]

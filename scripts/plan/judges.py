@@ -14,7 +14,7 @@ from datamodules import Shards
 from datamodules.fields import Latents
 from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
-from fewstep.networks.folders import read_json, vae_factors
+from fewstep.networks.folders import pixel_factors
 from fewstep.networks.frames import FrameCondition, TextCondition
 from fewstep.networks.frames.conditions import Cond
 from lightning_modules import FewStepModule, FrameAdversary, MotionConsistencyDistillation
@@ -150,5 +150,5 @@ def _pixel_shape(model: FewStepModule) -> Sequence[int]:
     if model.companions is None:
         return model.sample_shape
     _, frames, height, width = model.sample_shape
-    time, space = vae_factors(read_json(model.companions.folder / "vae" / "config.json"))
+    time, space = pixel_factors(model.companions.folder)
     return 3, (frames - 1) * time + 1, height * space, width * space

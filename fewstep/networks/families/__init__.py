@@ -2,6 +2,7 @@
 
 from fewstep.networks.families import (
     animatediff,
+    ddpm,
     dit_imagenet,
     flux,
     ltx,
@@ -26,7 +27,9 @@ _MODULES = (
     animatediff,
     wan,
     ltx,
+    ddpm,
 )
 FAMILIES: dict[str, Family] = {module.FAMILY.pipeline: module.FAMILY for module in _MODULES}
+FAMILIES[ddpm.WITH_DDIM.pipeline] = ddpm.WITH_DDIM
 
 __all__ = ["FAMILIES", "DiffusersBackbone", "Family"]

@@ -27,7 +27,7 @@ class Configs:
     Attributes:
         index: of the pipeline itself.
         network: of the denoising network.
-        vae: of the VAE.
+        vae: of the VAE; empty without one.
         size: height and width of a sample in pixels.
         factors: pixels a latent, in time and in space.
     """
@@ -72,6 +72,7 @@ class Family:
         text_shapes: shapes of a sample's text, ``(L, D)`` or ``(D,)`` by the backbone's argument
             names, where configurations alone tell them; otherwise the text encoders must run.
         pipeline_latents: lays latents ``(B, C, ...)`` out as the pipeline's call takes them.
+        latent: whether samples are latents of a VAE; otherwise they are pixels.
     """
 
     pipeline: str
@@ -86,6 +87,7 @@ class Family:
     zero_null: Callable[[Mapping[str, Any]], tuple[str, ...]] = _none
     text_shapes: Callable[[Configs], TextShapes] | None = None
     pipeline_latents: Callable[[Tensor], Tensor] = _as_they_are
+    latent: bool = True
 
 
 def encode_plain(pipeline: Any, prompts: list[str], guided: bool) -> Branches:

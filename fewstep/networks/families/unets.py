@@ -10,6 +10,15 @@ from torch import Tensor, nn
 from fewstep.networks.families.base import DiffusersBackbone, NullShapes, plain_config
 
 
+def unet_blocks(network: Any) -> dict[str, int]:
+    """The down, middle and up blocks of a backbone's ``network``, with the channels they give."""
+    channels = list(network.config["block_out_channels"])
+    down = {f"network.down_blocks.{i}": width for i, width in enumerate(channels)}
+    middle = {"network.mid_block": channels[-1]} if network.mid_block is not None else {}
+    up = {f"network.up_blocks.{i}": width for i, width in enumerate(reversed(channels))}
+    return down | middle | up
+
+
 class UNetBackbone(DiffusersBackbone):
     """A U-Net, whose down, middle and up blocks are its features and its shards.
 
@@ -54,11 +63,7 @@ class UNetBackbone(DiffusersBackbone):
 
     @property
     def feature_blocks(self) -> dict[str, int]:
-        channels = list(self.network.config["block_out_channels"])
-        down = {f"network.down_blocks.{i}": width for i, width in enumerate(channels)}
-        middle = {"network.mid_block": channels[-1]} if self.network.mid_block is not None else {}
-        up = {f"network.up_blocks.{i}": width for i, width in enumerate(reversed(channels))}
-        return down | middle | up
+        return unet_blocks(self.network)
 
 
 class TextUNet(UNetBackbone):
