@@ -31,8 +31,7 @@ from lightning_modules.roles import Evaluations, TeacherSource, Update, load_tea
 from lightning_modules.spread import between_seeds, moments, spreads
 
 Cond = dict[str, Tensor]
-# Chance is 2 ln 2 (relativistic: ln 2). Below this no gradient is left for the student.
-LOST_LOSS = 0.01
+WON_GAP = 4.0  # real samples are then e^4 times as likely real; without aR1 it grows further
 LOST_SPREAD = 0.05  # of the real data's variance
 LOST_SEED_SPREAD = 0.005  # a detailed condition leaves seeds less room
 
@@ -257,9 +256,9 @@ class AdversarialPostTraining(FewStepModule):
     def alarms(self) -> list[Alarm]:
         """A discriminator that has won teaches nothing; a collapsed student says one thing."""
         won = (
-            "The discriminator tells real from generated samples without fail, and the student "
-            "learns nothing from it. Raise `penalty` or `sigma`, lower the learning rates, or "
-            "start from a better first stage."
+            "The discriminator tells real from generated samples almost without fail: the student "
+            "learns nothing from it, or collapses. Raise `penalty` or `sigma`, lower the learning "
+            "rates, or start from a better first stage."
         )
         collapsed = (
             "Generated samples hardly differ: the student is collapsing. Go back to an earlier "
@@ -267,7 +266,7 @@ class AdversarialPostTraining(FewStepModule):
         )
         seeds = collapsed.replace("differ:", "differ between seeds of one condition:")
         return [
-            Alarm("train/discriminator", below=LOST_LOSS, advice=won),
+            Alarm("train/logit_gap", above=WON_GAP, advice=won),
             Alarm("train/spread", below=LOST_SPREAD, advice=collapsed),
             Alarm("train/seed_spread", below=LOST_SEED_SPREAD, advice=seeds),
         ]
