@@ -112,6 +112,7 @@ class Scene:
         network fails on one rank alone do the others wait within it.
 
         Raises:
+            FewstepError: at the end, if guidance diverged on this rank.
             Preempted: on all ranks, if the run is asked to stop.
         """
         rank, world = self.trainer.global_rank, self.trainer.world_size

@@ -120,7 +120,7 @@ def write_results(
     loaded = getattr(pl_module, "loaded_metadata", None) if trainer.state.fn != "fit" else None
     record: dict[str, Any] = dict(loaded or {})
     updates = record.get("student_updates", trainer.global_step)
-    source = _source(trainer, pl_module, updates)
+    source = source_of(trainer, pl_module, updates)
     path = folder / FILE_NAME
     earlier = _earlier(path, source) if path.exists() else []
     measurements = {m.key(): asdict(m) for m in [*earlier, *found]}
@@ -145,7 +145,7 @@ def write_results(
         partial.replace(path)
 
 
-def _source(trainer: pl.Trainer, pl_module: pl.LightningModule, updates: int) -> dict[str, Any]:
+def source_of(trainer: pl.Trainer, pl_module: pl.LightningModule, updates: int) -> dict[str, Any]:
     """Whose samples were measured, in plain values."""
     stated = getattr(pl_module, "sample_source", None)  # what stands in for a method
     if stated is not None:
@@ -160,14 +160,23 @@ def _source(trainer: pl.Trainer, pl_module: pl.LightningModule, updates: int) ->
     return source
 
 
-def _earlier(path: Path, source: dict[str, Any]) -> list[Measurement]:
-    """What a results file has measured of the same source."""
+def measured_of(path: Path, source: dict[str, Any]) -> list[dict[str, Any]]:
+    """What a results file has measured of a source, as plain values.
+
+    Raises:
+        FewstepError: if it is damaged.
+    """
     content = read_results(path)
     # Files without a source are older than it; they tell students apart by their updates alone.
     if content.get("source", {"student_updates": content.get("student_updates")}) != source:
         return []
+    return list(content["measurements"])
+
+
+def _earlier(path: Path, source: dict[str, Any]) -> list[Measurement]:
+    """The same as measurements."""
     try:
-        return [Measurement(**entry) for entry in content["measurements"]]
+        return [Measurement(**entry) for entry in measured_of(path, source)]
     except TypeError as error:
         raise _unreadable(path, error) from error
 

@@ -74,21 +74,46 @@ class Chain:
         return PhasedSteps(self.stochasticity, level) if self.stochasticity else DDIM()
 
 
-def _consistency(record: Record, schedule: Schedule, num_steps: int) -> Chain:
-    grid = PhaseSchedule.from_config(record["phases"]).grid.times.home.flip(0)
+def consistency_chain(
+    phases: PhaseSchedule, boundary: str, schedule: Schedule, num_steps: int
+) -> Chain:
+    """Multistep consistency sampling over evenly spaced grid points.
+
+    Raises:
+        FewstepError: for more steps than there are grid points.
+    """
+    grid = phases.grid.times.home.flip(0)
     if not 1 <= num_steps <= len(grid):
         raise FewstepError(
             f"A student on {len(grid)} grid points serves 1 to {len(grid)} steps, not {num_steps}."
         )
-    end = schedule.t_clean if record["boundary"] == "lcm" else schedule.t_min
     visited = grid[torch.arange(num_steps) * len(grid) // num_steps]
+    # LCM's own form is trained to give clean data; the jump ends where trajectories do.
+    end = schedule.t_clean if boundary == "lcm" else schedule.t_min
     return Chain(torch.cat([visited, visited.new_tensor([end])]), renoise=True)
 
 
-def _phased(record: Record, schedule: Schedule, num_steps: int) -> Chain:
-    times = PhaseSchedule.from_config(record["phases"]).sampling_times(num_steps)
-    stochasticity = record.get("sampling", {}).get("stochasticity", 0.0)
+def phased_chain(
+    phases: PhaseSchedule, num_steps: int, stochasticity: float, allow_untrained: bool
+) -> Chain:
+    """The jumps from edge to edge, at the very edges the student was trained on.
+
+    Raises:
+        FewstepError: see :meth:`fewstep.diffusion.PhaseSchedule.sampling_times`.
+    """
+    times = phases.sampling_times(num_steps, allow_untrained)
     return Chain(times, renoise=False, stochasticity=stochasticity if num_steps > 1 else 0.0)
+
+
+def _consistency(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    phases = PhaseSchedule.from_config(record["phases"])
+    return consistency_chain(phases, record["boundary"], schedule, num_steps)
+
+
+def _phased(record: Record, schedule: Schedule, num_steps: int) -> Chain:
+    phases, sampling = PhaseSchedule.from_config(record["phases"]), record.get("sampling", {})
+    untrained = sampling.get("allow_untrained_steps", False)
+    return phased_chain(phases, num_steps, sampling.get("stochasticity", 0.0), untrained)
 
 
 def _ode(record: Record, schedule: Schedule, num_steps: int) -> Chain:

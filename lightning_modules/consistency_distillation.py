@@ -23,7 +23,6 @@ from fewstep.diffusion import (
     PhaseSchedule,
     Prediction,
     TimeGrid,
-    consistency_sample,
 )
 from fewstep.diffusion.consistency import guidance_embedding, lcm_output
 from fewstep.diffusion.losses import DistanceName, distance
@@ -31,6 +30,7 @@ from fewstep.diffusion.tables import expand_to
 from fewstep.errors import FewstepError
 from fewstep.seeding import Generators
 from lightning_modules.base import FewStepModule
+from lightning_modules.chains import consistency_chain
 from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
 from lightning_modules.roles import Evaluations, TeacherSource, Update, load_teacher
@@ -224,20 +224,11 @@ class ConsistencyDistillation(FewStepModule):
         generator: Generators,
     ) -> Tensor:
         """Multistep consistency sampling over evenly spaced grid points."""
-        if not 1 <= num_steps <= self.num_grid_points:
-            raise FewstepError(
-                f"A student on {self.num_grid_points} grid points serves 1 to "
-                f"{self.num_grid_points} steps, not {num_steps}."
-            )
-        descending = self.phases.grid.times.home.flip(0)
-        visited = descending[torch.arange(num_steps) * self.num_grid_points // num_steps]
-        # LCM's own form is trained to give clean data; the jump ends where trajectories do.
-        end = self.schedule.t_clean if self.boundary == "lcm" else self.schedule.t_min
-        times = torch.cat([visited, torch.tensor([end]).double()])
+        chain = consistency_chain(self.phases, self.boundary, self.schedule, num_steps)
         if self.embed_guidance:
             guidance = noise.new_full((len(noise),), self._embedded_guidance())
             cond = self._with_guidance(cond or {}, guidance)
-        return consistency_sample(denoiser, noise, cond, times, generator)
+        return chain.sample(denoiser, noise, cond, generator)
 
     def _embedded_guidance(self) -> float:
         """What the student is told when sampling: the middle of the range it was trained on."""

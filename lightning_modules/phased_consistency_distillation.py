@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.optim import AdamW
 
 from fewstep.contracts import Batch
-from fewstep.diffusion import DenoiserLike, phased_sample
+from fewstep.diffusion import DenoiserLike
 from fewstep.diffusion.losses import hinge_discriminator, hinge_generator
 from fewstep.errors import FewstepError
 from fewstep.networks import FeatureDiscriminator
 from fewstep.seeding import Generators
+from lightning_modules.chains import phased_chain
 from lightning_modules.consistency_distillation import (
     ConsistencyDistillation,
     ConsistencyDraws,
@@ -197,12 +198,15 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         generator: Generators,
     ) -> Tensor:
         """Chains the jumps from edge to edge, at the very edges the student was trained on."""
-        times = self.phases.sampling_times(num_steps, self.allow_untrained_steps)
-        return phased_sample(denoiser, noise, cond, times, generator, self.stochasticity)
+        untrained = self.allow_untrained_steps
+        chain = phased_chain(self.phases, num_steps, self.stochasticity, untrained)
+        return chain.sample(denoiser, noise, cond, generator)
 
     def method_metadata(self) -> dict[str, Any]:
         metadata = super().method_metadata()
         metadata["sampling"]["stochasticity"] = self.stochasticity
+        if self.allow_untrained_steps:
+            metadata["sampling"]["allow_untrained_steps"] = True
         return metadata
 
     def step_counts(self, role: str | None = None) -> list[int]:

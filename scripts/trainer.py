@@ -10,7 +10,7 @@ import lightning.pytorch as pl
 
 from callbacks import Evaluation, Preemption, Samples
 from callbacks.console import say
-from callbacks.results import FILE_NAME, read_results
+from callbacks.results import FILE_NAME, measured_of, source_of
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule, Steering
 from scripts.evaluate import DrawnPipeline, FinishedSamples, PipelineSampler, exported_steps
@@ -204,12 +204,10 @@ class FewstepTrainer(pl.Trainer):
         return None
 
     def _evaluated(self) -> bool:
-        """Whether results.json holds measurements of as many updates as the student has had."""
+        """Whether results.json holds measurements of the student as it is, and as it is steered."""
         path = Path(self.default_root_dir) / FILE_NAME
-        if not path.exists():
-            return False
-        found = read_results(path)
-        return found.get("student_updates") == self.global_step and bool(found["measurements"])
+        source = source_of(self, self.lightning_module, self.global_step)
+        return path.exists() and bool(measured_of(path, source))
 
     def _only(self, kind: type[Any]) -> Any:
         """Keeps one of the measuring callbacks and drops the other."""

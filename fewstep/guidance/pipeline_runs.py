@@ -152,7 +152,7 @@ class PipelineRun:
         """How far the prediction moves (:mod:`fewstep.guidance.shifts`), ``(N, ...)``."""
         guidance = self.guidance
         with torch.set_grad_enabled(guidance.state is not None):
-            alpha, sigma = (output.new_tensor(step.scale * v) for v in (step.alpha, step.sigma))
+            alpha, sigma = (output.new_full((), step.scale * v) for v in (step.alpha, step.sigma))
             seen = to_prediction(output, state, alpha, sigma, self.schedule.prediction_type)
             latents = self._unpacked(seen.x0)
         self.streams = self.streams or self.draws(len(state))

@@ -6,9 +6,9 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import Any
 
@@ -21,9 +21,12 @@ from fewstep.guidance.freezing import frozen
 from fewstep.guidance.guidance import Guidance
 from fewstep.guidance.layouts import Layout, layout_of, scale_now
 from fewstep.guidance.pipeline_runs import PipelineRun
+from fewstep.guidance.sampler import own_stream
 from fewstep.guidance.shifts import moves, refuse_what_is_no_shift
+from fewstep.guidance.steps import Step
 from fewstep.guidance.trace import LARGEST_MOVE, Trace
 from fewstep.networks.latents import LatentCodec
+from fewstep.seeding import torch_generator
 
 
 @contextmanager
@@ -36,6 +39,7 @@ def guide(
     decode: bool = True,
     checkpointing: bool = False,
     seed: int = 0,
+    generator: Sequence[torch.Generator] | None = None,
     largest_move: float | None = LARGEST_MOVE,
 ) -> Iterator[GuidedPipeline]:
     """Guides all runs of a diffusers pipeline within a ``with`` block.
@@ -64,7 +68,10 @@ def guide(
         decode: the energy is of pixels, which the pipeline's VAE makes of latents; without, it is
             of latents. An energy that is :class:`Decoded` stays as it is.
         checkpointing: computes network and decoder again in the backward pass, to save memory.
-        seed: of smoothing and augmentation.
+        seed: of smoothing and augmentation, which draw by the sample's place in the batch and the
+            number of the pipeline's run.
+        generator: those that the pipeline's own ``generator`` has, one for each sample. Smoothing
+            and augmentation then draw beside these instead, and no result depends on batch mates.
         largest_move: see :meth:`fewstep.guidance.trace.Trace.check`; None leaves the check out.
 
     Raises:
@@ -79,23 +86,61 @@ def guide(
         energy = Decoded(guidance.energy, codec, checkpointed=checkpointing)
         guidance = replace(guidance, energy=energy)
     network = getattr(pipe, layout.part)
-    own = vars(network).get("forward")
-
-    def begin() -> PipelineRun:
-        return PipelineRun(pipe.scheduler, layout, guidance, target, seed, checkpointing)
-
-    guided = GuidedPipeline(pipe, network.forward, layout, guidance, guidance_scale, begin)
-    guided.largest_move = largest_move
-    network.forward = guided.forward()
-    try:
-        with frozen(network, guidance.energy):
-            yield guided
+    source = Draws(seed, generator)
+    with ExitStack() as replaced:
+        guided = GuidedPipeline(
+            pipe, layout, guidance, target, guidance_scale, source, checkpointing, replaced
+        )
+        guided.largest_move = largest_move
+        replaced.enter_context(_replaced(network, "forward", guided.forward()))
+        replaced.enter_context(frozen(network, guidance.energy))
+        yield guided
         guided.check()
+
+
+@contextmanager
+def _replaced(thing: Any, name: str, method: Callable[..., Any]) -> Iterator[None]:
+    """Meanwhile an object has another method of that name."""
+    own = vars(thing).get(name)
+    setattr(thing, name, method)
+    try:
+        yield
     finally:
         if own is None:
-            del network.forward
+            delattr(thing, name)
         else:
-            network.forward = own
+            setattr(thing, name, own)
+
+
+@dataclass
+class Draws:
+    """Where random views and noisy copies come from.
+
+    Attributes:
+        seed, generator: see :func:`guide`.
+        runs: of the pipeline so far.
+    """
+
+    seed: int
+    generator: Sequence[torch.Generator] | None
+    runs: int = 0
+
+    def begin(self) -> Callable[[int], Sequence[torch.Generator]]:
+        """What gives a run's generators, one for each of so many samples."""
+        self.runs += 1
+        run, beside = self.runs, own_stream(self.generator)
+
+        def draws(count: int) -> Sequence[torch.Generator]:
+            if beside is None or isinstance(beside, torch.Generator):
+                return [torch_generator(self.seed, "guidance", run, row) for row in range(count)]
+            if len(beside) != count:
+                raise FewstepError(
+                    f"guide() was given {len(beside)} generators for {count} samples; give each "
+                    "sample its own, as to the pipeline."
+                )
+            return beside
+
+        return draws
 
 
 class GuidedPipeline:
@@ -106,16 +151,22 @@ class GuidedPipeline:
     def __init__(
         self,
         pipe: Any,
-        plain: Callable[..., Any],
         layout: Layout,
         guidance: Guidance,
+        target: Target,
         guidance_scale: float | None,
-        begin: Callable[[], PipelineRun],
+        draws: Draws,
+        checkpointing: bool,
+        replaced: ExitStack,
     ) -> None:
-        self.pipe, self.plain, self.layout = pipe, plain, layout
-        self.guidance, self.guidance_scale = guidance, guidance_scale
-        self.begin = begin
-        self.signature = inspect.signature(plain)
+        self.pipe, self.layout = pipe, layout
+        self.guidance, self.target = guidance, target
+        self.guidance_scale, self.draws = guidance_scale, draws
+        self.checkpointing, self.replaced = checkpointing, replaced
+        self.plain: Callable[..., Any] = getattr(pipe, layout.part).forward
+        self.signature = inspect.signature(self.plain)
+        self.sample = next(iter(self.signature.parameters))
+        self.watched: list[Any] = []
         self.run: PipelineRun | None = None
 
     @property
@@ -127,7 +178,7 @@ class GuidedPipeline:
         """
         if self.run is None or self.run.last is None:
             raise FewstepError("The pipeline has taken no guided step yet, so there is no trace.")
-        return self.run.recorder.close(self.run.last, None)
+        return self.run.recorder.trace(self.run.last)
 
     def check(self) -> None:
         """Refuses a latest run that went wrong.
@@ -151,22 +202,54 @@ class GuidedPipeline:
         given = call.arguments
         if given.get("skip_layers") is not None:
             raise FewstepError("Guidance knows no skip_layer_guidance; leave it out of the call.")
-        times = self.pipe.scheduler.timesteps
-        if self.run is None or self.run.times is not times:  # set anew by each call of a pipeline
-            self.check()
-            self.run = self.begin()
+        run = self._run(given)
         scale = scale_now(self.pipe, self.layout, self.guidance_scale)
-        t = float(torch.as_tensor(given["timestep"]).flatten()[0]) * self.layout.time_unit
-        step = self.run.step_at(t, scale)
-        if not (self.guidance.window.holds(step) and moves(step)):
-            return self.plain(*call.args, **call.kwargs)
-        sample = next(iter(self.signature.parameters))
+        step = run.called(scale)
+        if self.guidance.window.holds(step) and moves(step):
+            found = self._guided(run, call, step, scale)
+        else:
+            found = self.plain(*call.args, **call.kwargs)
+        run.recorder.clock.lap()
+        return found
 
+    def _guided(
+        self, run: PipelineRun, call: inspect.BoundArguments, step: Step, scale: float
+    ) -> Any:
         def network(state: Tensor) -> Any:
-            given[sample] = state
+            call.arguments[self.sample] = state
             return self.plain(*call.args, **call.kwargs)
 
-        def unpacked(latents: Tensor) -> Tensor:
-            return self.layout.unpacked(latents, given)
+        return run.guided(network, call.arguments[self.sample], step, scale)
 
-        return self.run.guided(network, given[sample], step, scale, unpacked)
+    def _run(self, given: dict[str, Any]) -> PipelineRun:
+        """The run that a call of the network belongs to, which begins with its first."""
+        scheduler = self.pipe.scheduler
+        if self.run is None or self.run.times is not scheduler.timesteps:  # set anew by each run
+            self.check()
+            self.run = PipelineRun(
+                scheduler,
+                self.layout,
+                self.guidance,
+                self.target,
+                self.draws.begin(),
+                self.checkpointing,
+                given,
+                self.sample,
+            )
+            self._watch(scheduler)
+        return self.run
+
+    def _watch(self, scheduler: Any) -> None:
+        """Counts a scheduler's steps, by which a run knows where it is."""
+        if any(scheduler is known for known in self.watched):
+            return
+        plain = scheduler.step
+
+        @wraps(plain)
+        def step(*args: Any, **kwargs: Any) -> Any:
+            if self.run is not None:
+                self.run.stepped()
+            return plain(*args, **kwargs)
+
+        self.watched.append(scheduler)
+        self.replaced.enter_context(_replaced(scheduler, "step", step))

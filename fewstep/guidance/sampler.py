@@ -135,8 +135,8 @@ def refuse_idle(guidance: Guidance, steps: Sequence[Step]) -> None:
         times = ", ".join(f"{step.t:g}" for step in steps[:8]) + (", ..." if steps[8:] else "")
         raise FewstepError(
             f"Guidance acts at no step: none of the times {times} is in its window (above low "
-            f"{window.low:g}, up to high {window.high:g}, every {window.every}). Widen the window, or "
-            "take more steps."
+            f"{window.low:g}, up to high {window.high:g}, every {window.every}). Widen the "
+            "window, or take more steps."
         )
     rules = [rule for rule in (guidance.state, guidance.clean) if rule is not None]
     idle = not any(left) and all(isinstance(rule, Capped) for rule in rules)

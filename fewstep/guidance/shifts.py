@@ -47,8 +47,8 @@ def shift_of_output(kick: Tensor, step: Step, prediction_type: PredictionType) -
     return network_target(
         -step.sigma * kick,
         step.alpha * kick,
-        kick.new_tensor(step.alpha * step.scale),
-        kick.new_tensor(step.sigma * step.scale),
+        kick.new_full((), step.alpha * step.scale),
+        kick.new_full((), step.sigma * step.scale),
         prediction_type,
     )
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import lightning.pytorch as pl
+import torch
+from torch import nn
 
 from callbacks import Evaluation, Samples
 from fewstep.errors import FewstepError
 from fewstep.guidance import Guidance, Judge
 from fewstep.guidance.freezing import modules_within
 from fewstep.guidance.judge import refuse_guide_as_judge
-from fewstep.metrics.classifiers import fingerprint
+from fewstep.metrics import Metric
+from fewstep.metrics.fingerprints import shares_weights
 from lightning_modules import FewStepModule
 from lightning_modules.steering import Steering
 from scripts.guidance.knobs import chosen_knobs, started
@@ -95,17 +99,27 @@ class SearchTrainer(FewstepTrainer):
                 "into a search.yaml in the experiment's folder."
             )
         refuse_guide_as_judge(tuner, guidance.energy)
-        names = {fingerprint(one): type(one).__name__ for one in modules_within(tuner)}
         for callback in cast(Any, self).callbacks:
             for metric in callback.metrics if isinstance(callback, Evaluation) else []:
-                taken = [names[one] for one in metric.judges if one in names]
-                if taken:
-                    raise FewstepError(
-                        f"The tuner's {taken[0]} is the judge of this experiment's "
-                        f"{type(metric).__name__}. A judge that chose a strength cannot measure "
-                        "what came of it: tune with a third network."
-                    )
+                _refuse_judge(metric, list(modules_within(tuner)))
         return tuner
+
+
+def _refuse_judge(metric: Metric, tuning: Sequence[nn.Module]) -> None:
+    """Refuses a tuner that is a metric's judge.
+
+    Raises:
+        FewstepError: if they share a network.
+    """
+    if metric.needs_prompts and metric.features is not None and tuning:
+        metric.features.load(torch.device("cpu"))  # a reader of captions, as the tuner may be
+    for judge in metric.judges():
+        if any(shares_weights(one, judge) for one in tuning):
+            raise FewstepError(
+                f"The tuner's {type(judge).__name__} is the judge of this experiment's "
+                f"{type(metric).__name__}. A judge that chose a strength cannot measure what came "
+                "of it: tune with a third network."
+            )
 
 
 def _steering(model: FewStepModule) -> Steering:

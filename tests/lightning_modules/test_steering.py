@@ -19,11 +19,11 @@ from fewstep.guidance import (
     freedom,
     guided_sample,
 )
+from fewstep.guidance.described import described
 from fewstep.guidance.noise import NoiseOptimisation
 from fewstep.seeding import torch_generator
 from lightning_modules import FewStepModule, Steering, TrainingFreeGuidance
 from lightning_modules.chains import PLAIN_ODE, chain_of
-from lightning_modules.steering import described
 
 from training_runs import method
 
@@ -205,3 +205,12 @@ def test_results_tell_the_steered_networks_apart() -> None:
         records.append(module.steering_record())
     assert records[0] != records[1]
     assert records[0]["start"] == {"path": "teacher"}
+
+
+def test_steps_that_were_allowed_untrained_are_taken_when_steered_too() -> None:
+    module = built("phased", allow_untrained_steps=True)
+    plain = sampled(module, 1)
+    idle = Steering(Guidance(ENERGY, Scheduled(0.0), inner_steps=1), unconditional=False)
+    torch.testing.assert_close(sampled(module, 1, idle), plain, atol=2e-5, rtol=1e-4)
+    with pytest.raises(FewstepError, match="allow_untrained_steps: true"):
+        sampled(built("phased"), 1, idle)

@@ -125,6 +125,24 @@ def test_every_method_gets_as_many_trials_whatever_number_of_knobs_it_has() -> N
     assert set(init["steering"]["guidance"]["init_args"]) == {"strength", "cap"}
 
 
+def test_time_travel_is_searched_like_a_strength() -> None:
+    search("--knobs", "recurrence.count", "--trials", "3", "--name", "travel")
+    tried = trials("travel")
+    assert [trial["values"]["recurrence.count"] for trial in tried] == [1, 2, 4]
+    assert [trial["denoiser_evaluations"] for trial in tried] == [4, 8, 16]
+    best = max(tried, key=lambda trial: float(trial["score"]))["values"]["recurrence.count"]
+    config = yaml.safe_load((folder("travel") / "best.yaml").read_text())
+    guidance = config["model"]["init_args"]["steering"]["guidance"]
+    assert guidance["init_args"]["recurrence"] == {"count": best}
+    both = "state.rule.strength,recurrence.count"
+    search("--knobs", both, "--trials", "3", "--name", "both")
+    assert [tuple(trial["values"].values()) for trial in trials("both")] == [
+        (0.025, 1),
+        (0.05, 1),
+        (0.025, 2),
+    ]
+
+
 def test_a_setting_too_far_from_data_cannot_win(capsys: pytest.CaptureFixture[str]) -> None:
     search(*RANGE, "--max_distance", "1000")
     records = [json.loads(line) for line in (folder() / "trials.jsonl").read_text().splitlines()]

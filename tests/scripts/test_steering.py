@@ -70,6 +70,11 @@ def test_an_experiment_that_trains_nothing_is_measured_and_drawn_at_once(
     assert list((folder / "samples").glob("*.png"))
     command("fit", "guidance/analytic/polyak", *steps, "--ckpt_path", "last")
     assert "there is nothing left to do" in capsys.readouterr().out
+    before = values("guidance/analytic/polyak/version_0")
+    weaker = ["--model.init_args.steering.guidance.init_args.strength", "0.01"]
+    command("fit", "guidance/analytic/polyak", *steps, *weaker, "--ckpt_path", "last")
+    assert "What is left is its evaluation" in capsys.readouterr().out
+    assert values("guidance/analytic/polyak/version_0") != before
     run(["report", "runs", "--out", "report.html"])
     assert "guidance/analytic/polyak" in Path("report.html").read_text()
 
@@ -122,11 +127,11 @@ def test_steering_another_pipeline_is_refused(here: Path) -> None:
         command("evaluate", "guidance/analytic/unguided", *option)
 
 
-def accuracy(judge: str) -> dict[str, Any]:
+def accuracy(judge: str, guide: str = "tuner") -> dict[str, Any]:
     reader = "fewstep.metrics.digit_reader"
     pair = {
         name: {"class_path": reader, "init_args": {"part": part}}
-        for name, part in (("guide", "tuner"), ("judge", judge))
+        for name, part in (("guide", guide), ("judge", judge))
     }
     features = {"class_path": "fewstep.metrics.GuideAndJudge", "init_args": pair}
     return {"class_path": "fewstep.metrics.ClassAccuracy", "init_args": {"features": features}}
@@ -153,6 +158,13 @@ def test_the_guide_is_not_taken_for_a_judge(here: Path) -> None:
         command("fit", "guidance/digits/dps", *start)
 
 
+def test_the_guide_that_is_measured_has_to_be_the_one_that_guided(here: Path) -> None:
+    small(here / "small.yaml", [accuracy("judge")])
+    start = ["--model.init_args.start", json.dumps(START)]
+    with pytest.raises(FewstepError, match="takes a Perceptron for the guide"):
+        command("fit", "guidance/digits/dps", *start)
+
+
 def test_an_experiments_steering_is_merged_from_its_files() -> None:
     expanded, name = expand_steering(["evaluate", "--steering", "guidance/digits/mpgd", "--x", "1"])
     assert (name, expanded[0], expanded[2:]) == ("mpgd", "evaluate", ["--x", "1"])
@@ -160,3 +172,31 @@ def test_an_experiments_steering_is_merged_from_its_files() -> None:
     assert steering["guidance"]["class_path"] == "fewstep.guidance.mpgd"
     inline, name = expand_steering(["--steering", '{"target": null}'])
     assert (inline, name) == (['--steering={"target": null}'], "steered")
+
+
+@pytest.mark.slow
+def test_digits_are_planned_measured_and_steered_as_their_experiments_say(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """From an untrained network: what is looked at is the way, not the digits at its end."""
+    few = {"trainer": {"accelerator": "cpu"}, "model": {"init_args": {"step_counts": [2]}}}
+    (here / "small.yaml").write_text(yaml.safe_dump(few))
+    start = ["--model.init_args.start", json.dumps(START)]
+    run(["plan", "-c", "guidance/digits/few_polyak", "-c", "small.yaml", *start])
+    assert "student" in capsys.readouterr().out
+    command("fit", "guidance/digits/few_polyak", *start)
+    name = "guidance/digits/few_polyak/version_0"
+    folder = Path("runs") / name
+    found = {m["metric"]: m for m in results(name)["measurements"]}
+    assert {"guide_accuracy", "judge_accuracy", "guide_judge_gap"} <= set(found)
+    assert {"frechet_digit_classifier", "nearest_data_ratio"} <= set(found)
+    cost = found["guide_accuracy"]["cost"]
+    assert (cost["denoiser_evaluations"], cost["denoiser_gradients"]) == (2 * 5, 2 * 4)
+    assert cost["seconds"] > 0
+    assert found["guide_accuracy"]["value"] > 0.3  # 0.1 is chance
+    with (folder / "guidance.csv").open() as file:
+        assert {row["samples"] for row in csv.DictReader(file)} == {"1024"}
+    option = ["--steps", "2", "--steering", "guidance/digits/few_polyak"]
+    command("evaluate", "guidance/digits/few_unguided", *start, *option)
+    steered = "guidance/digits/few_unguided+few_polyak/version_0"
+    assert values(steered) == values(name)

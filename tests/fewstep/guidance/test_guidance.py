@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,12 +72,14 @@ def test_inner_steps_move_the_state_before_the_step_is_taken(net: Any) -> None:
     assert run.trace.costs.denoiser_evaluations == 3
 
 
-def test_a_window_without_steps_leaves_the_sampler_as_it_is(net: Any) -> None:
+def test_guidance_that_moves_nothing_on_its_way_is_refused(net: Any) -> None:
     guidance = Guidance(MATRIX, Scheduled(9.0), window=Window(5000, 6000))
-    run = guided_sample(net, NOISE, None, TIMES, guidance, TARGET)
-    torch.testing.assert_close(run.samples, ode_sample(net, NOISE, None, TIMES))
-    assert run.trace.times == ()
-    assert run.trace.loss.shape == (0, 3)
+    with pytest.raises(FewstepError, match="times 999, 699, 399, 199 is in its window"):
+        guided_sample(net, NOISE, None, TIMES, guidance, TARGET)
+    last = Guidance(MATRIX, Capped(Scheduled(9.0)), window=Window(high=199))
+    with pytest.raises(FewstepError, match="only guided step ends at clean data"):
+        guided_sample(net, NOISE, None, TIMES, last, TARGET)
+    guided_sample(net, NOISE, None, TIMES, replace(last, window=Window(high=399)), TARGET)
 
 
 def test_guidance_is_built_from_an_experiment_file() -> None:

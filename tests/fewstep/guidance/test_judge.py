@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,19 @@ import torch
 from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
-from fewstep.guidance import ClassLabel, Energy, Judge, LinearMeasurement, Matrix
+from fewstep.guidance import (
+    ClassLabel,
+    CLIPDistance,
+    CLIPStyle,
+    Energy,
+    Judge,
+    LinearMeasurement,
+    Matrix,
+)
 from fewstep.guidance.judge import refuse_guide_as_judge
+from fewstep.guidance.tuners import EnergyTuner
+
+from metric_cases import save_clip
 
 
 def network(seed: int = 0) -> nn.Module:
@@ -73,3 +85,11 @@ def test_a_judge_that_asks_the_guides_energy_is_refused_without_any_network() ->
     energy: Energy = LinearMeasurement(Matrix(torch.eye(2)))
     with pytest.raises(FewstepError, match="holds the guide's own energy"):
         refuse_guide_as_judge(Accuracy(energy), energy)
+
+
+def test_a_part_of_the_guides_network_is_no_judge_either(tmp_path: Path) -> None:
+    folder = str(save_clip(tmp_path))
+    guide, tuner = CLIPStyle(folder, layer=1), EnergyTuner(CLIPDistance(folder))
+    with pytest.raises(FewstepError, match="looks through the network of the guide"):
+        refuse_guide_as_judge(tuner, guide)
+    refuse_guide_as_judge(tuner, ClassLabel(network()))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -223,13 +225,16 @@ def test_levels_are_those_that_the_schedulers_noise_samples_with() -> None:
             scheduler._step_index = number
             noisy = scheduler.add_noise(x0, noise, t[None])
             seen = scheduler.scale_model_input(noisy, t)
-            step = schedule.at(float(t))
+            assert schedule.first(float(t)) == number
+            step = schedule.at(number)
             assert step.index == number
             torch.testing.assert_close(
                 seen, step.alpha * x0 + step.sigma * noise, rtol=1e-4, atol=1e-4
             )
     with pytest.raises(FewstepError, match="no such time"):
-        schedule.at(400.0)
+        schedule.first(400.0)
+    with pytest.raises(FewstepError, match="goes on after all 5 steps"):
+        schedule.at(5)
 
 
 @pytest.mark.parametrize(
@@ -241,6 +246,65 @@ def test_schedulers_that_clip_are_refused(scheduler: Any) -> None:
     scheduler.set_timesteps(5)
     with pytest.raises(FewstepError, match=r"(clip_sample|thresholding)=False"):
         SchedulerSteps(scheduler)
+
+
+def test_a_run_knows_where_it_is_though_its_times_are_rounded(pipeline: Any) -> None:
+    """In bfloat16 times near 1000 are four apart, and FLUX's network is told these."""
+    pipe = pipeline("flux").to(torch.bfloat16)
+    idle = Guidance(Near(-1.0), clean=Normalised(0.0), clean_noise="matched", window=LATE)
+    with guide(pipe, idle) as guided:
+        run(pipe, "flux", sigmas=[1.0, 0.999, 0.998, 0.997, 0.995, 0.5])
+    times = pipe.scheduler.timesteps.tolist()
+    assert len(set(times)) == 6
+    assert guided.trace.times == tuple(t for t in times if t <= 999)
+    assert len(guided.trace.times) > 2
+    assert guided.trace.costs.denoiser_evaluations == 6
+
+
+def test_a_run_from_a_picture_begins_on_the_way(pipeline: Any) -> None:
+    pipe = StableDiffusionImg2ImgPipeline(**pipeline("sd").components)
+    pipe.set_progress_bar_config(disable=True)
+    picture = torch.zeros(2, 3, 16, 16)
+    options = {"num_inference_steps": 8, "strength": 0.5, "output_type": "latent"}
+    with guide(pipe, DARK) as guided:
+        pipe(PROMPTS, picture, **options)
+    assert guided.trace.times == tuple(pipe.scheduler.timesteps[4:].tolist())
+    early = replace(DARK, window=Window(low=800))
+    with guide(pipe, early), pytest.raises(FewstepError, match="is in its window"):
+        pipe(PROMPTS, picture, **options)
+
+
+def test_solvers_of_second_order_come_by_each_time_twice(pipeline: Any) -> None:
+    pipe = pipeline("sd")
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    idle = Guidance(Near(-1.0), clean=Normalised(0.0), clean_noise="matched")
+    with guide(pipe, idle) as guided:
+        run(pipe, "sd", steps=3)
+    assert guided.trace.times == tuple(pipe.scheduler.timesteps.tolist())
+    assert len(set(guided.trace.times)) == 3
+
+
+def test_the_time_of_a_run_ends_with_it(pipeline: Any) -> None:
+    pipe = pipeline("sd")
+    with guide(pipe, IDLE) as guided:
+        started = time.perf_counter()
+        run(pipe, "sd")
+        whole = time.perf_counter() - started
+        first = guided.trace.costs.seconds
+        time.sleep(0.05)
+        assert guided.trace.costs.seconds == first
+    assert 0 < first < whole
+
+
+def test_guidance_that_moves_nothing_is_refused(pipeline: Any) -> None:
+    pipe = pipeline("sd")
+    nowhere = replace(DARK, window=Window(5000, 6000))
+    with guide(pipe, nowhere), pytest.raises(FewstepError, match="is in its window"):
+        run(pipe, "sd")
+    flow = pipeline("sd3")
+    last = Guidance(Near(-1.0), Capped(Normalised(1.0)), window=Window(high=300))
+    with guide(flow, last), pytest.raises(FewstepError, match="ends at clean data"):
+        run(flow, "sd3", steps=2)
 
 
 def test_checkpointing_changes_no_sample(pipeline: Any) -> None:
@@ -265,6 +329,40 @@ def test_a_sample_depends_on_no_batch_mate(pipeline: Any) -> None:
     torch.testing.assert_close(alone[0], together[0], rtol=1e-4, atol=1e-4)
     with guide(pipe, guidance, targets[:1]), pytest.raises(FewstepError, match="1 targets"):
         run(pipe, "sd")
+
+
+def test_with_its_own_generator_a_sample_depends_on_no_place_in_the_batch(
+    pipeline: Any,
+) -> None:
+    pipe = pipeline("sd")
+    rule = Capped(Polyak(0.1, "eps_norm"), 0.1)
+    guidance = Guidance(Near(-1.0), rule, augmentor=DiffAugment(3))
+
+    def sampled(rows: list[int], own: bool = True) -> Tensor:
+        draws = [torch.Generator().manual_seed(row) for row in rows]
+        prompts = [PROMPTS[row] for row in rows]
+        with guide(pipe, guidance, generator=draws if own else None):
+            return run(pipe, "sd", prompt=prompts, generator=draws)
+
+    together, alone = sampled([0, 1]), sampled([1])
+    torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
+    together, alone = sampled([0, 1], own=False), sampled([1], own=False)
+    assert (alone[0] - together[1]).abs().max() > 1e-2  # views of another place
+    few = [torch.Generator()]
+    with guide(pipe, guidance, generator=few), pytest.raises(FewstepError, match="1 generators"):
+        run(pipe, "sd")
+
+
+def test_every_run_of_a_pipeline_has_views_of_its_own(pipeline: Any) -> None:
+    pipe = pipeline("sd")
+    guidance = Guidance(Near(-1.0), Capped(Normalised(1.0), 0.1), augmentor=DiffAugment(3))
+    found = []
+    for _ in range(2):
+        with guide(pipe, guidance):
+            found += [run(pipe, "sd"), run(pipe, "sd")]
+    assert (found[0] - found[1]).abs().max() > 1e-3
+    assert torch.equal(found[0], found[2])
+    assert torch.equal(found[1], found[3])
 
 
 def test_frames_of_a_video_are_guided_through_their_decoder(pipeline: Any) -> None:
@@ -307,10 +405,13 @@ def test_after_a_failure_the_pipeline_is_as_it_was(pipeline: Any) -> None:
     with guide(pipe, DARK):
         assert pipe.unet.forward != before
         assert not any(p.requires_grad for p in pipe.unet.parameters())
+        run(pipe, "sd", steps=1)
+        assert "step" in vars(scheduler)
     with pytest.raises(ValueError, match="Provide either"), guide(pipe, DARK):
         pipe()
     assert pipe.unet.forward == before
     assert pipe.scheduler is scheduler
+    assert "step" not in vars(scheduler)
     assert all(p.requires_grad for p in pipe.unet.parameters())
     assert all(p.requires_grad for p in pipe.vae.parameters())
 

@@ -77,3 +77,26 @@ def test_averages_of_likelihoods_and_of_losses_differ_as_they_should() -> None:
 def test_no_copies_are_refused() -> None:
     with pytest.raises(FewstepError, match="copies: 0"):
         Smoothing(0.1, copies=0)
+
+
+class Reader(Energy):
+    """A network's opinion, and what it was computed in."""
+
+    def __init__(self) -> None:
+        self.network = torch.nn.Linear(3, 1).requires_grad_(False)
+        self.seen: list[torch.dtype] = []
+
+    def __call__(self, x0: Tensor, target: Tensor | None) -> Tensor:
+        found = self.network(x0)
+        self.seen.append(found.dtype)
+        return found[:, 0]
+
+
+def test_energies_are_computed_in_full_precision_whatever_the_denoiser_runs_in() -> None:
+    energy, x = Reader(), torch.randn(4, 3)
+    losses = Objective(energy).drawn(x, None, STEP, None)
+    plain = losses(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert energy.network(x).dtype == torch.bfloat16
+        assert torch.equal(losses(x), plain)
+    assert energy.seen == [torch.float32] * 2

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from fewstep.guidance import (
     Polyak,
     guided_sample,
 )
+from fewstep.guidance.trace import Clock
 
 from guided import MATRIX, NOISE, TARGET, TIMES
 
@@ -56,3 +57,41 @@ def test_a_diverging_step_is_refused_with_advice_and_a_capped_one_is_not(
     run = guided_sample(net, NOISE, None, TIMES, Guidance(MATRIX, Capped(rule, 0.1)), TARGET)
     assert run.trace.displacement.max() <= 0.1
     assert run.samples.abs().max() < 100
+
+
+class Marker:
+    """An event on a device whose clock is a list of calls."""
+
+    calls: ClassVar[list[str]] = []
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at = 0
+
+    def record(self, stream: object) -> None:
+        self.calls.append(f"record on {stream}")
+        self.at = len(self.calls)
+
+    def synchronize(self) -> None:
+        self.calls.append("wait")
+
+    def elapsed_time(self, end: Marker) -> float:
+        return 1000.0 * (end.at - self.at)
+
+
+def test_a_device_is_waited_for_only_when_the_time_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Marker)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"{device}'s")
+    clock = Clock(torch.device("cuda"))
+    clock.lap()
+    clock.lap()
+    assert Marker.calls == ["record on cuda's"] * 3
+    assert clock.seconds() == 2
+    assert Marker.calls[3:] == ["wait"]
+
+
+def test_a_clock_stands_still_between_laps() -> None:
+    clock = Clock(torch.device("cpu"))
+    assert clock.seconds() == 0
+    clock.lap()
+    assert clock.seconds() == clock.seconds() > 0

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.metrics import ClassAccuracy, GuideAndJudge, NearestDataDistance, Samples, collect
-from fewstep.metrics.classifiers import fingerprint
 from fewstep.metrics.digit_readers import PARTS, part_of_digits
 
 NUMBERS = torch.arange(4)
@@ -56,7 +55,14 @@ def test_samples_without_a_wanted_class_are_refused() -> None:
 def test_a_copy_of_the_guide_is_no_judge() -> None:
     with pytest.raises(FewstepError, match="one network as guide and judge"):
         GuideAndJudge(Shifted(2), Shifted(2))
-    assert fingerprint(Shifted(2)) == fingerprint(Shifted(2)) != fingerprint(Shifted(3))
+
+
+def test_a_metric_names_the_networks_that_may_not_and_those_that_must_have_guided() -> None:
+    pair = GuideAndJudge(Shifted(0), Shifted(1))
+    metric = ClassAccuracy(pair)
+    assert metric.guides() == [pair.networks["guide"]]
+    assert metric.judges() == [pair.networks["judge"]]
+    assert NearestDataDistance().judges() == NearestDataDistance().guides() == []
 
 
 def test_readers_of_digits_have_seen_no_digit_in_common() -> None:

@@ -6,7 +6,6 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.metrics.judging import (
     accuracy,
-    guide_judge_gap,
     nearest_distance_ratio,
     nearest_distances,
 )
@@ -24,16 +23,6 @@ def test_accuracy_is_the_share_of_samples_whose_label_has_the_largest_logit() ->
 def test_logits_that_are_not_finite_are_wrong() -> None:
     logits = torch.tensor([[torch.inf, 1.0], [torch.nan, 0.0], [1.0, 0.0], [1.0, 0.0]])
     assert accuracy(logits, torch.zeros(4).long()) == 0.5
-
-
-def test_the_gap_is_what_the_guide_believes_and_the_judge_does_not() -> None:
-    labels = torch.arange(4)
-    sure = torch.eye(4)
-    doubtful = sure.clone()
-    doubtful[:2] = sure[2:]
-    assert guide_judge_gap(sure, doubtful, labels) == 0.5
-    assert guide_judge_gap(sure, sure, labels) == 0
-    assert guide_judge_gap(doubtful, sure, labels) == -0.5
 
 
 def test_distances_are_those_to_the_nearest_datum_of_all_blocks() -> None:
