@@ -36,10 +36,11 @@ class SteeredRoles(RecordedRoles):
     """
 
     steered: Steered | None = None
+    _steering: Steering | None = None
 
     def steer(self, steering: Steering) -> None:
         """Steers all sampling from now on."""
-        self.steered = Steered(steering)
+        self.steered, self._steering = Steered(steering), steering
 
     def record(self, role: str) -> Record:
         """What says how a role samples; a derived method samples as the one it comes from."""
@@ -65,10 +66,13 @@ class SteeredRoles(RecordedRoles):
             FewstepError: if guidance diverged; one rank of several leaves that to
                 :meth:`check_guidance`, so that the others need not wait for it.
         """
+        known = cond or {}
+        if self._steering is not None and cond is not None:
+            cond = self._steering.for_network(cond)
         if self.steered is None:
             return super().sample(noise, cond, num_steps, generator, role, prompt)
         role, steering = self.checked_role(role), self.steered.steering
-        target = steering.target_of(cond or {}, prompt)
+        target = steering.target_of(known, prompt)
         if prompt is not None and self.companions is not None:
             cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
         network, record = getattr(self, role), self.record(role)

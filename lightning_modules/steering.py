@@ -39,6 +39,9 @@ class Steering:
         target: which of a sample's conditions the energy is told: its name, such as
             ``class_labels``, or ``prompt`` for energies that read captions; null for energies that
             need none.
+        pictures: whether the target is pictures as samples should be, ``(B, C, H, W)``, of which the
+            energy makes what it compares: maps, embeddings, measurements. The network is not given
+            them.
         unconditional: the network is given the null condition, so that guidance alone brings what
             is wanted; and it is sampled without classifier-free guidance.
         sees: whether the energy sees the ``pixels`` that a pipeline's VAE makes of latents, or the
@@ -52,6 +55,7 @@ class Steering:
 
     guidance: Guidance | NoiseOptimisation | None = None
     target: str | None = "class_labels"
+    pictures: bool = False
     unconditional: bool = True
     sees: Literal["pixels", "latents"] = "pixels"
     base: BaseStep | None = None
@@ -85,7 +89,11 @@ class Steering:
                 f"{nearest(self.target, known)} They have: {', '.join(known) or 'none'}. Take data "
                 "with labels, or set target: null for an energy that needs none."
             )
-        return cond[self.target]
+        return self._seen(cond[self.target]) if self.pictures else cond[self.target]
+
+    def for_network(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A sample's conditions without what only the energy is told."""
+        return {name: cond[name] for name in cond if not (self.pictures and name == self.target)}
 
     def of_latents(self, codec: LatentCodec | None) -> Guidance | NoiseOptimisation | None:
         """The guidance for samples that are latents of a codec, or for pixels without one."""
@@ -93,6 +101,22 @@ class Steering:
             return self.guidance
         energy = Decoded(self.guidance.energy, codec, None, self.checkpointing, at_once=1)
         return replace(self.guidance, energy=energy)
+
+    def _seen(self, pictures: Tensor) -> Tensor:
+        """What the energy compares of pictures ``(B, C, H, W)``."""
+        assert self.guidance is not None
+        energy = self.guidance.energy.staged()[1]
+        encode = getattr(energy, "encode_images", None)
+        if encode is None or pictures.ndim != 4:
+            raise FewstepError(
+                f"steering.pictures is true, but {type(energy).__name__} compares nothing of "
+                f"'{self.target}', of shape {tuple(pictures.shape)}. Leave it out, or take an energy "
+                "of pictures, such as MapDistance, and a target of fields.Images."
+            )
+        for network in self.networks():
+            network.to(pictures.device)
+        found: Tensor = encode(pictures)
+        return found
 
     def _read(self, prompt: list[str] | None) -> Tensor:
         """Captions as the energy knows them, ``(B, ...)``."""

@@ -31,7 +31,7 @@ from lightning_modules.roles import (
     is_pipeline,
     load_teacher,
 )
-from lightning_modules.steering import Steered, Steering
+from lightning_modules.steering import Steering
 
 
 class TrainingFreeGuidance(FewStepModule):
@@ -84,7 +84,7 @@ class TrainingFreeGuidance(FewStepModule):
         self.make_optimizer = {}
         self.start_source = start
         self.role = role
-        self.steered: Steered = Steered(steering or Steering())
+        self.steer(steering or Steering())
 
     def build_roles(self) -> None:
         self.student, self.provenance["start"] = load_teacher(self.start_source, self.role)

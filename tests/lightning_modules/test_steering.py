@@ -14,6 +14,8 @@ from fewstep.guidance import (
     ClassLabel,
     DiffAugment,
     Guidance,
+    MapDistance,
+    PictureNetwork,
     Scheduled,
     augmented_polyak,
     freedom,
@@ -214,3 +216,33 @@ def test_steps_that_were_allowed_untrained_are_taken_when_steered_too() -> None:
     torch.testing.assert_close(sampled(module, 1, idle), plain, atol=2e-5, rtol=1e-4)
     with pytest.raises(FewstepError, match="allow_untrained_steps: true"):
         sampled(built("phased"), 1, idle)
+
+
+def test_of_pictures_the_energy_makes_what_it_compares_and_the_network_gets_none() -> None:
+    network = torch.nn.Conv2d(3, 2, 3).requires_grad_(False).eval()
+    energy = MapDistance(PictureNetwork(network))
+    like = torch.rand(6, 1, 8, 8) * 2 - 1
+    module, strong = built("teacher"), freedom(energy, 0.5)
+    module.steer(Steering(strong, target="like", pictures=True))
+    found = module.sample(noise(), {**COND, "like": like}, 4, generators())
+    module.steer(Steering(strong, target="maps"))
+    maps = {"maps": energy.encode_images(like)}
+    chain = chain_of(PLAIN_ODE, VPSchedule(), 4)
+    wanted = guided_sample(
+        Guided(module.student, 1.0),
+        noise(),
+        {"class_labels": torch.full((6,), 10)},
+        chain.times,
+        strong,
+        maps["maps"],
+        generators(),
+        chain.base(VPSchedule()),
+    )
+    assert torch.equal(found, wanted.samples)
+    module.steer(Steering(strong, target="like", pictures=True, unconditional=False))
+    assert module.sample(noise(), {**COND, "like": like}, 2).isfinite().all()
+    with module.sampling_as(plain=True, counted=False):
+        assert module.sample(noise(), {**COND, "like": like}, 2).isfinite().all()
+    module.steer(Steering(STRONG, target="like", pictures=True))
+    with pytest.raises(FewstepError, match="ClassLabel compares nothing of 'like'"):
+        module.sample(noise(), {**COND, "like": like}, 2)

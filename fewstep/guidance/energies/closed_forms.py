@@ -28,6 +28,10 @@ class LinearMeasurement(Energy):
     form: Literal["norm", "gaussian"] = "norm"
     noise_std: float = 1.0
 
+    def encode_images(self, pixels: Tensor) -> Tensor:
+        """The measurement of pictures, without noise."""
+        return self.operator(pixels)
+
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
         measured = needed(target, self, "the measurement y of each sample", x0)
         residual = self.operator(x0) - measured
