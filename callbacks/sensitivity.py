@@ -20,8 +20,8 @@ class Sensitivity(Callback):
     """Logs what depth does to a network's residual stream, gated or not.
 
     - ``sensitivity/amplification``: the loss's gradient by what the first block is given, relative
-      to that by what the last one gives. It is 1 where a network is as sensitive to its first blocks
-      as to its last, and grows with the depth of plain pre-LN networks;
+      to that by what the last one gives. It is 1 where a network is as sensitive to its first
+      blocks as to its last, and grows with the depth of plain pre-LN networks;
     - ``sensitivity/growth``: the stream behind the last block, relative to that before the first.
 
     Both are ratios of root mean squares (:class:`fewstep.networks.gates.sensitivity.Sensitivity`)

@@ -7,17 +7,17 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor
 
 from fewstep.diffusion.denoiser import Backbone, Cond
-from fewstep.networks.first_weights import start_as_dit
+from fewstep.networks.first_weights import start_as_dit, start_at_zero
 
 
 class DiT(Backbone):
     """``diffusers.DiTTransformer2DModel`` for class-conditional images ``(B, C, H, W)``.
 
-    Its first weights are drawn as those of DiT (Peebles & Xie 2023), modulation and output being
-    zero. There are more of them: diffusers embeds time and class anew in every block, DiT once, so
-    an XL/2 for ImageNet has 750 million and not 675. diffusers' label embedding drops labels at
-    random in train mode, in each block on its own; that is switched off here, and class dropout is
-    the training step's business.
+    Modulation and output start at zero (Peebles & Xie 2023); ``init_std`` says how all else does.
+    There are more weights than in DiT: diffusers embeds time and class anew in every block, DiT
+    once, so an XL/2 for ImageNet has 750 million and not 675. diffusers' label embedding drops
+    labels at random in train mode, in each block on its own; that is switched off here, and class
+    dropout is the training step's business.
 
     Args:
         sample_size: height and width of a sample.
@@ -27,6 +27,9 @@ class DiT(Backbone):
         num_heads: attention heads a block.
         head_dim: channels a head.
         num_classes: class labels run from 0; the label ``num_classes`` means "no class".
+        init_std: standard deviation of the first embeddings of time and class, all other layers
+            being drawn as in DiT's code too. Its 0.02 is for widths of about 1000: what embeddings
+            do grows with the width. Null leaves them as diffusers and torch draw them.
     """
 
     def __init__(
@@ -38,9 +41,10 @@ class DiT(Backbone):
         num_heads: int = 4,
         head_dim: int = 24,
         num_classes: int = 10,
+        init_std: float | None = None,
     ) -> None:
         super().__init__()
-        self.config = {
+        self.config = {  # not how it was first drawn
             "sample_size": sample_size,
             "channels": channels,
             "patch_size": patch_size,
@@ -64,8 +68,10 @@ class DiT(Backbone):
         norms = [block.norm1 for block in self.transformer.transformer_blocks]
         for norm in norms:
             norm.emb.class_embedder.dropout_prob = 0.0
+        if init_std is not None:
+            start_as_dit(self, [norm.emb for norm in norms], init_std)
         last = (self.transformer.proj_out_1, self.transformer.proj_out_2)
-        start_as_dit(self, [n.emb for n in norms], [*(n.linear for n in norms), *last])
+        start_at_zero(*(norm.linear for norm in norms), *last)
 
     @property
     def feature_blocks(self) -> dict[str, int]:

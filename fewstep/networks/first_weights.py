@@ -7,23 +7,20 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-EMBEDDING_STD = 0.02
-
 
 @torch.no_grad()
 def start_as_dit(
-    network: nn.Module, embeddings: Iterable[nn.Module], zeros: Iterable[nn.Linear]
+    network: nn.Module, embeddings: Iterable[nn.Module], init_std: float = 0.02
 ) -> None:
-    """Draws a network's weights anew as DiT's are (Peebles & Xie 2023, arXiv 2212.09748).
+    """Draws a network's weights anew as DiT's code does (Peebles & Xie 2023, arXiv 2212.09748).
 
-    The paper names what starts at zero, its code the rest: linear layers, that of the patches among
-    them, by Xavier's uniform rule with biases of zero, and embeddings of time and class from
-    ``N(0, 0.02^2)``.
+    Linear layers, that of the patches among them, by Xavier's uniform rule with biases of zero, and
+    embeddings of time and class from a normal distribution.
 
     Args:
         network: whose linear and convolutional layers all are drawn.
         embeddings: modules whose layers and tables embed time and class.
-        zeros: modulations and the output, which are zero.
+        init_std: those embeddings' standard deviation.
     """
     for module in network.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
@@ -33,6 +30,12 @@ def start_as_dit(
     for embedding in embeddings:
         for module in embedding.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                nn.init.normal_(module.weight, std=EMBEDDING_STD)
-    for linear in zeros:
-        nn.init.zeros_(linear.weight)
+                nn.init.normal_(module.weight, std=init_std)
+
+
+def start_at_zero(*layers: nn.Linear) -> None:
+    """Sets weights and biases of modulations and outputs to zero."""
+    for layer in layers:
+        nn.init.zeros_(layer.weight)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)

@@ -17,7 +17,7 @@ from torch.nn.functional import silu
 from fewstep.diffusion.denoiser import Backbone, Cond
 from fewstep.errors import FewstepError
 from fewstep.networks.classes import check_labels
-from fewstep.networks.first_weights import start_as_dit
+from fewstep.networks.first_weights import start_as_dit, start_at_zero
 from fewstep.networks.patches import from_patches, patch_grid, to_patches
 
 TIME_CHANNELS = 256
@@ -97,7 +97,8 @@ class Latte(Backbone):
         self.out = nn.Linear(width, values)
         embeddings = [self.time_embed, *([] if self.class_embed is None else [self.class_embed])]
         modulations = [cast(LatteBlock, block).modulation for block in self.blocks]
-        start_as_dit(self, embeddings, [*modulations, self.out_modulation, self.out])
+        start_as_dit(self, embeddings)
+        start_at_zero(*modulations, self.out_modulation, self.out)
 
     @property
     def feature_blocks(self) -> dict[str, int]:

@@ -14,6 +14,8 @@ z + alpha F(z) + beta in place of z + F(z).
            fewstep has them from then on, and training from it trains them
   merge    write a pipeline whose weights have the gates in them, which needs nothing of fewstep
   report   what the gates of a pipeline, a checkpoint or a run have become
+  grow     double a gated network's depth, each block becoming two of half the step
+  prune    take away the blocks that add least to their stream
   sensitivity   measure how depth and the gates' first values change untrained stacks
 """
 
@@ -21,6 +23,8 @@ EPILOG = """\
   fewstep gates apply models/sd15 --init identity --alpha-shape channel
   fewstep gates report runs/digits/teacher --picture gates.png
   fewstep gates merge models/sd15 --dest models/sd15_merged
+  fewstep gates grow runs/digits/rdm --dest runs/deeper.ckpt
+  fewstep gates prune runs/deeper.ckpt --blocks 2 --dest runs/shorter.ckpt
   fewstep gates sensitivity --dest runs/sensitivity
 
 To merge the gates of a trained student use `fewstep export`, which does so.
@@ -39,6 +43,16 @@ blocks, on skips in front of a norm, or with a part that depends on the time.
 REPORT = """\
 Print each gate's alpha, the spread of alpha over channels, the norm of beta, and rho or the skips'
 factor where it has one.
+"""
+GROW = """\
+Double the depth of a network with gates: each block becomes two whose alpha and beta are half,
+which take its step in two. What the network computes changes by the error of one step, so train it:
+`model.init_args.start: DEST` of an experiment, or the new pipeline. Networks without gates get them
+by `fewstep gates apply`, or while they train.
+"""
+PRUNE = """\
+Take away the blocks that add least to their stream, on samples of the network's own with noise of
+random times. Networks that need prompts are left to fewstep.networks.gates.prune.
 """
 SENSITIVITY = """\
 Measure stacks of transformer blocks at initialisation, against their depth L: how much the stream
@@ -65,6 +79,13 @@ def main(arguments: list[str]) -> None:
         from scripts.gates.folders import merge
 
         print(f"Merged {merge(options.pipeline, options.dest)} gates into {options.dest}.")
+    elif options.action == "grow":
+        from scripts.gates.depth import grow_depth
+
+        depth = grow_depth(options.source, options.dest)
+        print(f"{depth} blocks now, {depth // 2} before: {options.dest}")
+    elif options.action == "prune":
+        _prune(options)
     elif options.action == "sensitivity":
         _measure_sensitivity(options)
     else:
@@ -74,6 +95,16 @@ def main(arguments: list[str]) -> None:
         print(text(values))
         if options.picture is not None:
             print(f"Picture: {picture(values, options.picture)}")
+
+
+def _prune(options: argparse.Namespace) -> None:
+    from scripts.gates.depth import prune_depth
+
+    removed = prune_depth(
+        *(options.source, options.dest, options.blocks),
+        *(options.samples, options.steps, options.seed),
+    )
+    print(f"Without the blocks {', '.join(map(str, removed))} (from 0): {options.dest}")
 
 
 def _measure_sensitivity(options: argparse.Namespace) -> None:
@@ -106,7 +137,7 @@ def _parser() -> argparse.ArgumentParser:
         "fewstep gates", formatter_class=style, description=DESCRIPTION, epilog=EPILOG
     )
     actions = parser.add_subparsers(
-        dest="action", required=True, metavar="apply|merge|report|sensitivity"
+        dest="action", required=True, metavar="apply|merge|report|grow|prune|sensitivity"
     )
     apply = actions.add_parser("apply", formatter_class=style, description=APPLY)
     apply.add_argument("pipeline", metavar="PIPELINE", type=Path, help="its folder")
@@ -116,18 +147,46 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("pipeline", metavar="PIPELINE", type=Path, help="its folder, with gates")
     merge.add_argument("--dest", metavar="FOLDER", type=Path, required=True, help="what to write")
     report = actions.add_parser("report", formatter_class=style, description=REPORT)
-    report.add_argument(
-        "source",
-        metavar="SOURCE",
-        help="a pipeline's folder with gates, a checkpoint, or a run's or an experiment's folder",
-    )
+    _add_source(report)
     report.add_argument(
         "--picture", metavar="PNG", type=Path, help="draw alpha and beta as bars as well"
     )
+    _add_depths(actions, style)
     _add_sensitivity(
         actions.add_parser("sensitivity", formatter_class=style, description=SENSITIVITY)
     )
     return parser
+
+
+def _add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help="a pipeline's folder with gates, a checkpoint, or a run's or an experiment's folder",
+    )
+
+
+def _add_depths(actions: Any, style: Any) -> None:
+    grow = actions.add_parser("grow", formatter_class=style, description=GROW)
+    prune = actions.add_parser("prune", formatter_class=style, description=PRUNE)
+    for parser in (grow, prune):
+        _add_source(parser)
+        parser.add_argument(
+            "--dest",
+            metavar="PATH",
+            type=Path,
+            required=True,
+            help="what to write: a folder from a pipeline's, otherwise a checkpoint",
+        )
+    prune.add_argument("--blocks", metavar="N", type=int, required=True, help="how many go")
+    for option, default, what in (
+        ("--samples", 16, "samples to measure on"),
+        ("--steps", 20, "sampling steps they are made with"),
+        ("--seed", 0, "of all that is random"),
+    ):
+        prune.add_argument(
+            option, metavar="N", type=int, default=default, help=f"{what}, by default {default}"
+        )
 
 
 def _add_sensitivity(parser: argparse.ArgumentParser) -> None:

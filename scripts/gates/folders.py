@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from torch import nn
 
 from fewstep.errors import FewstepError
 from fewstep.networks.folders import family_of, read_json
@@ -66,27 +70,42 @@ def merge(pipeline: Path, dest: Path) -> int:
     """
     _check_no_run(pipeline)
     family = family_of(pipeline)
+    part = pipeline / family.part
+    network = load_network(pipeline, family)
+    load_gates(network, part)
+    merged = merge_gates(network)
+    with new_pipeline(pipeline, dest, network) as folder:
+        write_network(network, folder, half=False)
+    return len(merged)
+
+
+@contextmanager
+def new_pipeline(pipeline: Path, dest: Path, network: nn.Module) -> Iterator[Path]:
+    """A copy of a pipeline's folder, but for the network, whose place is to be filled.
+
+    Yields:
+        where the network goes.
+
+    Raises:
+        FewstepError: if the folder is taken or lies within the pipeline's.
+    """
     if dest.resolve().is_relative_to(pipeline.resolve()):
         raise FewstepError(
             f"'{dest}' lies within '{pipeline}', and would be copied into itself; give another "
             "--dest."
         )
-    part = pipeline / family.part
-    network = load_network(pipeline, family)
-    load_gates(network, part)
-    merged = merge_gates(network)
+    own = family_of(pipeline).part
     with new_folder(dest, overwrite=False) as folder:
         for path in pipeline.iterdir():
-            if path.is_dir() and path != part:
+            if path.is_dir() and path.name != own:
                 shutil.copytree(path, folder / path.name)
             elif path.is_file():
                 shutil.copy2(path, folder / path.name)
         index = read_json(pipeline / "model_index.json")
-        index[family.part] = ["diffusers", type(network).__name__]
+        index[own] = ["diffusers", type(network).__name__]
         text = json.dumps(index, indent=2) + "\n"
         (folder / "model_index.json").write_text(text, encoding="utf-8")
-        write_network(network, folder / family.part, half=False)
-    return len(merged)
+        yield folder / own
 
 
 def _check_no_run(source: Path) -> None:

@@ -20,7 +20,7 @@ from scripts.suite.variants import parse
 from tiny_experiments import SIZE, shards, two_updates, write_shard
 from tiny_pipelines import save_stable_diffusion
 
-FRAMES = {"imagenet": None, "skytimelapse": 3, "taichi": 3, "ucf101": 3}
+FRAMES = {"imagenet": None, "videos": 3}
 EXPERIMENTS = [name for name in known_experiments() if name.split("/")[0] in FRAMES]
 ENCODED = "imagenet/rdm_encoded"
 
@@ -88,7 +88,11 @@ def test_every_experiment_is_planned_trains_and_draws(here: Path, experiment: st
 
 # U-ViT-H/2 has 501 million in its paper, Latte-XL/2 674; DiT-XL/2 has 675, and diffusers' embeds
 # time and class anew in each of 28 blocks, 2.8 million numbers each.
-MILLIONS = {"imagenet/dit": (745, 755), "imagenet/uvit": (500, 502), "ucf101/latte": (673, 675)}
+MILLIONS = {
+    "imagenet/dit": (745, 755),
+    "imagenet/uvit": (500, 502),
+    "videos/ucf101/latte": (673, 675),
+}
 
 
 @pytest.mark.parametrize("experiment", list(MILLIONS))
@@ -100,3 +104,13 @@ def test_networks_have_the_published_size(experiment: str) -> None:
         )
     low, high = MILLIONS[experiment]
     assert low < sum(p.numel() for p in network.parameters()) / 1e6 < high
+
+
+@pytest.mark.parametrize("experiment", list(MILLIONS))
+def test_long_runs_are_measured_while_they_train(experiment: str) -> None:
+    trainer = parse(experiment, {})["trainer"]
+    (options,) = (c["init_args"] for c in trainer["callbacks"] if "Evaluation" in c["class_path"])
+    assert 0 < options["every_n_updates"] < trainer["max_steps"]
+    assert options["every_n_updates"] % trainer["val_check_interval"] == 0
+    assert options["num_samples_in_training"] < options["num_samples"]
+    assert options["max_share"] <= 0.05

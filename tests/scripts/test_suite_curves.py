@@ -86,17 +86,16 @@ def test_numbers_say_of_how_many_runs_they_are_and_which_diverged() -> None:
     found = done(
         lambda cell: 1.0 + cell.seed, seeds=[0, 1, 2], grid=DEPTHS, experiments=[NONE, GATED]
     )
-    complete, tall = write_curves(found)
-    before = Image.open(tall).size[1]
+    before = Image.open(write_curves(found)[1]).size[1]
     for cell in found.cells:
-        if cell.variant.point[LAYERS] == 16 and (cell.variant.entry.label, cell.seed) != ("none", 2):
+        deep, one = cell.variant.point[LAYERS] == 16, (cell.variant.entry.label, cell.seed)
+        if deep and one != ("none", 2):
             cell.standing = Standing(State.FAILED, "diverged, at update 3 of 5")
     found.cells[1].standing = Standing(State.TODO)
     text, image = write_curves(found)
     losses = text.read_text().partition("`val/loss`")[2]
-    assert "| none | 40.000 ± 28.284 (2 of 3 runs, 1 to do) | 60.000 (1 of 3 runs, 2 diverged) |" in (
-        losses
-    )
+    numbers = "40.000 ± 28.284 (2 of 3 runs, 1 to do) | 60.000 (1 of 3 runs, 2 diverged)"
+    assert f"| none | {numbers} |" in losses
     assert "| gated | 40.000 ± 20.000 | – (0 of 3 runs, 3 diverged) |" in losses
     assert losses.partition("not in these numbers\n\n")[2].splitlines() == [
         "- `none,num_layers=4`: to do (seed 1)",

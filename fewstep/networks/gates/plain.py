@@ -34,12 +34,19 @@ def _like(result: Tensor, x: Tensor) -> Tensor:
     return result if torch.is_autocast_enabled(x.device.type) else result.to(x.dtype)
 
 
-def softmax(x: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None) -> Tensor:
-    """:func:`torch.nn.functional.softmax`."""
-    given = x if dtype is None else x.to(dtype)
+def softmax(input: Tensor, dim: int, dtype: torch.dtype | None = None) -> Tensor:
+    """:func:`torch.softmax`."""
+    given = input if dtype is None else input.to(dtype)
     wide = _wide(given)
     weights = (wide - wide.detach().amax(dim, keepdim=True)).exp()
     return _like(weights / weights.sum(dim, keepdim=True), given)
+
+
+def functional_softmax(
+    input: Tensor, dim: int, _stacklevel: int = 3, dtype: torch.dtype | None = None
+) -> Tensor:
+    """:func:`torch.nn.functional.softmax`."""
+    return softmax(input, dim, dtype)
 
 
 def attention(
@@ -68,7 +75,7 @@ def attention(
 
 
 def layer_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -77,28 +84,25 @@ def layer_norm(
 ) -> Tensor:
     """:func:`torch.nn.functional.layer_norm`."""
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = _wide(x)
-    centred = wide - wide.mean(dims, keepdim=True)
-    normalised = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return _like(_affine(normalised, weight, bias), x)
+    return _like(_affine(_standardised(_wide(input), dims, eps), weight, bias), input)
 
 
 def rms_norm(
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor:
     """:func:`torch.nn.functional.rms_norm`."""
     dims = tuple(range(-len(normalized_shape), 0))
-    wide = _wide(x)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    wide = _wide(input)
+    eps = torch.finfo(input.dtype).eps if eps is None else eps
     normalised = wide * (wide.square().mean(dims, keepdim=True) + eps).rsqrt()
-    return _like(_affine(normalised, weight, None), x)
+    return _like(_affine(normalised, weight, None), input)
 
 
 def group_norm(
-    x: Tensor,
+    input: Tensor,
     num_groups: int,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
@@ -106,12 +110,67 @@ def group_norm(
     _cudnn_enabled: bool = True,
 ) -> Tensor:
     """:func:`torch.nn.functional.group_norm`."""
-    groups = _wide(x).unflatten(1, (num_groups, -1)).flatten(2)
-    centred = groups - groups.mean(2, keepdim=True)
-    normalised = centred * (centred.square().mean(2, keepdim=True) + eps).rsqrt()
+    groups = _wide(input).unflatten(1, (num_groups, -1)).flatten(2)
+    normalised = _standardised(groups, (2,), eps).reshape(input.shape)
+    return _like(_by_channel(normalised, weight, bias), input)
+
+
+def batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.batch_norm`, which leaves running statistics as they are."""
+    wide = _wide(input)
+    if training:
+        normalised = _standardised(wide, (0, *range(2, input.ndim)), eps)
+    else:
+        assert running_mean is not None
+        assert running_var is not None
+        scale = (running_var.to(wide.dtype) + eps).rsqrt()
+        normalised = _by_channel(wide, scale, -running_mean.to(wide.dtype) * scale)
+    return _by_channel(normalised, weight, bias).to(input.dtype)
+
+
+def instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`torch.nn.functional.instance_norm`, which leaves running statistics as they are."""
+    if not use_input_stats:
+        return batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    normalised = _standardised(_wide(input), tuple(range(2, input.ndim)), eps)
+    return _by_channel(normalised, weight, bias).to(input.dtype)
+
+
+def refused_attention(*args: Any, **kwargs: Any) -> Tensor:
+    """:func:`torch.nn.functional.multi_head_attention_forward`.
+
+    Raises:
+        NotImplementedError: always, as what it calls is out of this module's reach.
+    """
+    raise NotImplementedError("torch's MultiheadAttention attends inside of one function")
+
+
+def _standardised(x: Tensor, dims: tuple[int, ...], eps: float) -> Tensor:
+    centred = x - x.mean(dims, keepdim=True)
+    return centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
+
+
+def _by_channel(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
     shape = (-1, *[1] * (x.ndim - 2))
-    factors = [None if p is None else p.reshape(shape) for p in (weight, bias)]
-    return _like(_affine(normalised.reshape(x.shape), *factors), x)
+    return _affine(x, *(None if p is None else p.reshape(shape) for p in (weight, bias)))
 
 
 def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
@@ -120,9 +179,13 @@ def _affine(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
 
 
 PLAIN: dict[Any, Callable[..., Tensor]] = {
-    **dict.fromkeys((F.softmax, torch.softmax, Tensor.softmax), softmax),
+    **dict.fromkeys((torch.softmax, Tensor.softmax), softmax),
+    F.softmax: functional_softmax,
     **dict.fromkeys((F.layer_norm, torch.layer_norm), layer_norm),
     **dict.fromkeys((F.rms_norm, torch.rms_norm), rms_norm),
     **dict.fromkeys((F.group_norm, torch.group_norm), group_norm),
+    F.batch_norm: batch_norm,
+    F.instance_norm: instance_norm,
     F.scaled_dot_product_attention: attention,
+    F.multi_head_attention_forward: refused_attention,
 }

@@ -2,8 +2,8 @@
 
 A block's update of its stream is rounded to the branch's precision once; the stream itself, which
 every block adds to, is never rounded. What makes it so are hooks: a block takes its streams in
-float32, sums with them are float32 by promotion, layers with weights in half precision take what they
-are given in that, and maps of the stream itself compute in float32.
+float32, sums with them are float32 by promotion, layers with weights in half precision take what
+they are given in that, and maps of the stream itself compute in float32.
 """
 
 from __future__ import annotations
@@ -24,7 +24,10 @@ from fewstep.networks.gates.sites import LAYERS, Site, block_sites
 STREAMS = "rdm_streams"  # the attribute in which a block keeps where its streams are
 IN_FLOAT32 = "in_float32"  # of maps of a stream, whether they compute so
 # These take what they are given in their weights' precision; norms add up in float32 inside.
-CASTING = (*LAYERS, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.MultiheadAttention)
+CASTING = (
+    *(*LAYERS, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d, nn.MultiheadAttention),
+    *(nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._NormBase),
+)
 
 
 class StreamLinear(nn.Linear):

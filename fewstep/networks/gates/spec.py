@@ -37,6 +37,7 @@ class ResidualGates(Change):
             2020). All but the first would spoil trained weights.
         stream_dtype: ``float32`` keeps the residual streams of all known blocks in float32 where
             branches compute in half precision, under autocast or with weights in half precision;
+            a U-ViT's fuse maps, through which all of its stream passes, then compute in float32.
             ``same`` leaves them as they are. In float32 there is no difference.
         skip: whether the long skips of U-shaped networks get gates too: ``(1 + sigma) skip``. A
             resnet block whose norm has groups of the skip's channels alone sees such a factor in

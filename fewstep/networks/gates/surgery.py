@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -20,8 +20,11 @@ from torch.distributed.tensor import DTensor
 from fewstep.errors import FewstepError
 from fewstep.networks.gates.gate import Gate
 from fewstep.networks.gates.gated import backbone_of, gate_spec, gates_of, is_gated, network_of
+from fewstep.networks.gates.sites import FUSE
 from fewstep.networks.gates.spec import ResidualGates
 from fewstep.networks.gates.streams import is_compiled, watched_streams
+
+Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -29,14 +32,19 @@ class Stack:
     """Where a network keeps its blocks.
 
     Attributes:
-        name: of the list of blocks, which are all alike.
+        name: of the list of blocks, which are all alike, or of one kind in turn with another.
         fixed: how many of the first must stay, as the network uses parts of them elsewhere.
         option: the constructor's argument that says how many there are.
+        turn: how many blocks it takes until they are of the first kind again; as many come and go
+            together.
+        fuses: of the list of maps that let a long skip into each block of the second half.
     """
 
     name: str
     fixed: int = 0
     option: str = "num_layers"
+    turn: int = 1
+    fuses: str | None = None
 
 
 STACKS = {
@@ -46,6 +54,8 @@ STACKS = {
     "LTXVideoTransformer3DModel": Stack("transformer_blocks"),
     "WanTransformer3DModel": Stack("blocks"),
     "VideoDiT": Stack("blocks"),
+    "Latte": Stack("blocks", turn=2),  # across space and across time
+    "UViT": Stack("blocks", fuses="fuses"),
 }
 
 
@@ -53,7 +63,9 @@ def grow(model: nn.Module) -> int:
     """Doubles a gated network's depth, in place: each block becomes two with half of its gates.
 
     Do so before compiling, sharding and copying it. The new blocks have weights of their own, which
-    start as those of the block they double.
+    start as those of the block they double. Blocks that take turns are doubled turn by turn. Where
+    long skips join the halves, each comes from the second of two twins to the first of their
+    mirror images, and the new skips between the other ones start as if they were not there.
 
     Args:
         model: a denoiser, a backbone or a network, every residual unit of which has an alpha.
@@ -72,7 +84,17 @@ def grow(model: nn.Module) -> int:
         for block in blocks:
             for _, gate in gates_of(block):
                 _halve(gate)
-    doubled = [twin for block in blocks for twin in (block, copy.deepcopy(block))]
+    doubled = [
+        twin
+        for turn in _turns(blocks, stack)
+        for twins in (turn, copy.deepcopy(turn))
+        for twin in twins
+    ]
+    if stack.fuses is not None:
+        fuses = nn.ModuleList(
+            _doubled(list(network.get_submodule(stack.fuses).children()), len(blocks))
+        )
+        setattr(network, stack.fuses, fuses)
     return _close(model, network, stack, doubled)
 
 
@@ -84,25 +106,32 @@ def prune(model: nn.Module, count: int, run: Callable[[], Any]) -> list[int]:
 
     Args:
         model: a denoiser, a backbone or a network, gated or not.
-        count: how many blocks go.
+        count: how many blocks go; of blocks that take turns whole turns do.
         run: one forward pass of the model, on samples and times that stand for all.
 
     Returns:
         The numbers that the removed blocks had, in the network's order.
 
     Raises:
-        FewstepError: for networks whose blocks are unknown or not alike, that have been prepared
-            for training, whose gates were chosen by name, or that have too few blocks; and if
-            ``run`` does not run the network.
+        FewstepError: for networks whose blocks are unknown or not alike, that have long skips or
+            have been prepared for training, whose gates were chosen by name, or that have too few
+            blocks; and if ``run`` does not run the network.
     """
     network, stack = _open(model)
+    if stack.fuses is not None and list(network.get_submodule(stack.fuses).children()):
+        raise FewstepError(
+            f"No block of this {type(network).__name__} can be taken away: long skips join each to "
+            "its mirror image. It works without (long_skips: false)."
+        )
     if is_gated(model):
         _check_all_chosen(gate_spec(model), "loses blocks")
     blocks = _blocks(network, stack)
-    if not 0 < count <= len(blocks) - max(stack.fixed, 1):
+    least = max(stack.fixed, stack.turn)
+    if not 0 < count <= len(blocks) - least or count % stack.turn:
+        whole = f", {stack.turn} at a time" if stack.turn > 1 else ""
         raise FewstepError(
             f"{count} of the {len(blocks)} blocks of this {type(network).__name__} cannot be taken "
-            f"away; {max(stack.fixed, 1)} must stay, and at least one must go."
+            f"away; {least} must stay, and at least one must go{whole}."
         )
     with torch.no_grad(), watched_streams(model) as streams:
         run()
@@ -110,8 +139,9 @@ def prune(model: nn.Module, count: int, run: Callable[[], Any]) -> list[int]:
     names = [f"{stack.name}.{number}" for number in range(len(blocks))]
     if not ratios.keys() >= set(names):
         raise FewstepError("prune: `run` must call the model that is pruned, once and as a whole.")
-    order = sorted(range(stack.fixed, len(blocks)), key=lambda number: ratios[names[number]])
-    removed = sorted(order[:count])
+    turns = _turns(list(range(stack.fixed, len(blocks))), stack)
+    order = sorted(turns, key=lambda turn: sum(ratios[names[number]] for number in turn))
+    removed = sorted(number for turn in order[: count // stack.turn] for number in turn)
     _close(model, network, stack, [b for i, b in enumerate(blocks) if i not in removed])
     return removed
 
@@ -170,6 +200,35 @@ def _halve(gate: nn.Module) -> None:
         parameter.mul_(0.5)
     if gate.delta is not None:
         gate.delta.sub_(0.5)  # alpha / 2 - 1 is (alpha - 1) / 2 - 1 / 2
+
+
+def _turns(items: list[Item], stack: Stack) -> list[list[Item]]:
+    """Items of blocks, those of a turn together."""
+    return [items[i : i + stack.turn] for i in range(0, len(items), stack.turn)]
+
+
+def _doubled(fuses: list[nn.Module], blocks: int) -> list[nn.Module]:
+    """The fuse maps of twice as many blocks; the new ones pass the stream on as it is.
+
+    An odd number has a block in the middle, whose twin becomes the first of the second half.
+    """
+    if not fuses:
+        return []
+    found = [_passing(fuses[0])] if blocks % 2 else []
+    for fuse in fuses:
+        found += [fuse, _passing(fuse)]
+    return found
+
+
+@torch.no_grad()
+def _passing(fuse: nn.Module) -> nn.Module:
+    """A fuse map of ``W [z, skip] + b`` with ``W = [1, 0]`` and ``b = 0``."""
+    made = copy.deepcopy(fuse)
+    for parameter in made.parameters():
+        parameter.zero_()
+    weight = made.get_submodule(FUSE).get_parameter("weight")
+    weight[:, : len(weight)].fill_diagonal_(1)
+    return made
 
 
 def _blocks(network: nn.Module, stack: Stack) -> list[nn.Module]:

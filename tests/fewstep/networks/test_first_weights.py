@@ -23,7 +23,7 @@ EMBEDDINGS = {
 def made(kind: type[nn.Module]) -> nn.Module:
     torch.manual_seed(0)
     if kind is DiT:
-        return DiT(8, 3, num_layers=2, num_heads=2, head_dim=48, num_classes=50)
+        return DiT(8, 3, num_layers=2, num_heads=2, head_dim=48, num_classes=50, init_std=0.02)
     return Latte(8, 3, 3, num_layers=2, num_heads=2, head_dim=48, num_classes=50)
 
 

@@ -19,6 +19,12 @@ OPERATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda x: F.softmax(x, -1),
     "layer_norm": lambda x: F.layer_norm(x, (8,), WEIGHT.to(x), BIAS.to(x)),
     "rms_norm": lambda x: F.rms_norm(x, (8,), WEIGHT.to(x)),
+    "typed softmax": lambda x: torch.softmax(input=x, dim=1),
+    "batch_norm": lambda x: F.batch_norm(x, None, None, WEIGHT[:6].to(x), BIAS[:6].to(x), True),
+    "evaluated batch_norm": lambda x: F.batch_norm(
+        x, BIAS[:6].to(x), WEIGHT[:6].to(x), WEIGHT[2:].to(x), BIAS[2:].to(x)
+    ).tanh(),
+    "instance_norm": lambda x: F.instance_norm(input=x, weight=WEIGHT[:6].to(x)),
     "group_norm": lambda x: F.group_norm(x.transpose(1, 2), 4, WEIGHT.to(x), BIAS.to(x)),
     "attention": lambda x: F.scaled_dot_product_attention(x, x.flip(1), x.tanh()),
     "causal": lambda x: F.scaled_dot_product_attention(x, x, x.tanh(), is_causal=True, scale=2.0),
@@ -48,6 +54,28 @@ def test_plain_operations_give_what_torchs_give(name: str) -> None:
             found = OPERATIONS[name](x.float())
     assert found.dtype == wanted.dtype
     torch.testing.assert_close(found.float(), wanted.float(), rtol=0.03, atol=0.03)
+
+
+@pytest.mark.parametrize("call", [torch.softmax, Tensor.softmax])
+def test_the_dtype_of_a_softmax_is_its_third_argument(call: Callable[..., Tensor]) -> None:
+    x = torch.randn(2, 4).bfloat16()
+    with PlainOperations():
+        assert call(x, -1, torch.float64).dtype == torch.float64
+        assert F.softmax(x, -1, 3, torch.float64).dtype == torch.float64
+
+
+def test_running_statistics_are_left_as_they_are() -> None:
+    norm = torch.nn.BatchNorm1d(6)
+    with PlainOperations():
+        norm(torch.randn(3, 6, 8))
+    assert not norm.running_mean.any()
+
+
+def test_torchs_multihead_attention_is_refused_and_not_computed_wrongly() -> None:
+    attention = torch.nn.MultiheadAttention(8, 2, batch_first=True)
+    x = torch.randn(3, 6, 8)
+    with PlainOperations(), pytest.raises(NotImplementedError, match="inside of one function"):
+        attention(x, x, x)
 
 
 @pytest.mark.parametrize("name", list(OPERATIONS))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fewstep.diffusion import Denoiser, VPSchedule
+from fewstep.diffusion import Backbone, Denoiser, VPSchedule
 from fewstep.errors import FewstepError
-from fewstep.networks import DiT, VideoDiT
+from fewstep.networks import DiT, Latte, UViT, VideoDiT
 from fewstep.networks.families.pixart import PixArtSigma
 from fewstep.networks.gates import (
     ResidualGates,
@@ -34,11 +35,19 @@ T = torch.tensor([900.0, 100.0])
 COND = {"class_labels": torch.tensor([1, 2])}
 
 
-def denoiser(layers: int = 2, video: bool = False) -> Denoiser:
+MAKERS: dict[str, Callable[..., Backbone]] = {
+    "dit": partial(DiT, 8, 3),
+    "video_dit": partial(VideoDiT, 8, 2, 3),
+    "latte": partial(Latte, 8, 2, 3, num_classes=10),
+    "chain": partial(UViT, 8, 3, long_skips=False),
+    "uvit": partial(UViT, 8, 3),
+}
+
+
+def denoiser(layers: int = 2, kind: str = "dit") -> Denoiser:
     """With random weights in every place, and blocks that are smooth in their input."""
     torch.manual_seed(0)
-    sizes = {"num_layers": layers, "num_heads": 2, "head_dim": 12}
-    backbone = VideoDiT(8, 2, 3, **sizes) if video else DiT(8, 3, **sizes)
+    backbone = MAKERS[kind](num_layers=layers, num_heads=2, head_dim=12)
     with torch.no_grad():
         for parameter in backbone.parameters():
             parameter.normal_(std=0.1)
@@ -61,7 +70,9 @@ def disturb(model: nn.Module, std: float = 0.1) -> None:
         parameter.add_(std * torch.randn_like(parameter))
 
 
-@pytest.mark.parametrize("video", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "layers"), [("dit", 2), ("video_dit", 2), ("latte", 2), ("uvit", 2), ("uvit", 3)]
+)
 @pytest.mark.parametrize(
     "spec",
     [
@@ -70,15 +81,17 @@ def disturb(model: nn.Module, std: float = 0.1) -> None:
     ],
     ids=["branch", "block"],
 )
-def test_each_doubling_halves_what_the_next_one_changes(spec: ResidualGates, video: bool) -> None:
+def test_each_doubling_halves_what_the_next_one_changes(
+    spec: ResidualGates, kind: str, layers: int
+) -> None:
     # Euler's method is of first order: a network of 2 n blocks is twice as near to the limit as
     # one of n, and their differences halve alike.
-    model = denoiser(video=video)
+    model = denoiser(layers, kind)
     apply_gates(model, spec)
     disturb(model)
     outputs = [raw(model)]
-    for depth in (4, 8, 16, 32):
-        assert grow(model) == depth
+    for doubling in range(1, 5):
+        assert grow(model) == layers * 2**doubling
         outputs.append(raw(model))
     changes = [(b - a).norm() for a, b in pairwise(outputs)]
     assert changes[0] > 1e-3 * outputs[0].norm()
@@ -106,17 +119,18 @@ def rebuilt(model: Denoiser, folder: Path) -> Denoiser:
     return again
 
 
-@pytest.mark.parametrize("video", [False, True])
-def test_grown_and_pruned_denoisers_are_rebuilt_and_train(video: bool, tmp_path: Path) -> None:
-    model = denoiser(video=video)
+@pytest.mark.parametrize("kind", ["dit", "video_dit", "latte", "chain"])
+def test_grown_and_pruned_denoisers_are_rebuilt_and_train(kind: str, tmp_path: Path) -> None:
+    model = denoiser(kind=kind)
+    turn = 2 if kind == "latte" else 1
     apply_gates(model, ResidualGates())
     untouched = copy.deepcopy(model).to_spec()
     twin = copy.deepcopy(model)
     grow(model)
     assert len(model.backbone.feature_blocks) == 4
     assert torch.equal(raw(rebuilt(model, tmp_path)), raw(model))
-    prune(model, 1, lambda: raw(model))
-    assert len(model.backbone.feature_blocks) == 3
+    prune(model, turn, lambda: raw(model))
+    assert len(model.backbone.feature_blocks) == 4 - turn
     assert torch.equal(raw(rebuilt(model, tmp_path)), raw(model))
     assert twin.to_spec() == untouched
     checkpoint_activations(model)
@@ -125,6 +139,36 @@ def test_grown_and_pruned_denoisers_are_rebuilt_and_train(video: bool, tmp_path:
     assert all(gradient.any() for gradient in gradients)
     parameters = [*model.parameters()]
     assert len({p.data_ptr() for p in parameters}) == len(parameters)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_new_long_skips_of_a_grown_network_start_without_effect_and_it_is_rebuilt(
+    layers: int, tmp_path: Path
+) -> None:
+    model = denoiser(layers, "uvit")
+    apply_gates(model, ResidualGates(mode="alpha", skip=True))
+    for _, gate in gates_of(model.backbone.blocks):
+        nn.init.constant_(gate.get_parameter("delta"), -1.0)  # all that is left are the skips
+    before = raw(model)
+    grow(model)
+    assert len(model.backbone.fuses) == layers
+    torch.testing.assert_close(raw(model), before)
+    assert torch.equal(raw(rebuilt(model, tmp_path)), raw(model))
+    with pytest.raises(FewstepError, match="long skips join each"):
+        prune(model, 1, lambda: raw(model))
+
+
+def test_blocks_that_take_turns_go_together() -> None:
+    model = denoiser(6, "latte")
+    apply_gates(model, ResidualGates())
+    blocks = list(model.backbone.blocks)
+    for block, alpha in zip(blocks, (1.0, 1.0, 0.0, 0.3, 0.2, 0.0), strict=True):
+        for _, gate in gates_of(block):
+            nn.init.constant_(gate.get_parameter("delta"), alpha - 1)
+    with pytest.raises(FewstepError, match="2 at a time"):
+        prune(model, 1, lambda: raw(model))
+    assert prune(model, 2, lambda: raw(model)) == [4, 5]
+    assert list(model.backbone.blocks) == blocks[:4]
 
 
 @pytest.mark.parametrize("name", ["dit", "pixart", "wan", "ltx", "video_dit"])
