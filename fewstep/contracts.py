@@ -88,7 +88,8 @@ class SteeredSampler(Protocol):
 
     def sampling_as(self, plain: bool, counted: bool) -> AbstractContextManager[None]:
         """How samples are made meanwhile: without guidance if ``plain``; in no account of how
-        guidance went unless ``counted``, as samples that a rank makes only to keep in step."""
+        guidance went unless ``counted``, as samples that a rank makes only to keep in step.
+        """
 
     def check_guidance(self) -> None:
         """Raises what went wrong with this rank's samples since it was last asked.

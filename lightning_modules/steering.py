@@ -39,9 +39,9 @@ class Steering:
         target: which of a sample's conditions the energy is told: its name, such as
             ``class_labels``, or ``prompt`` for energies that read captions; null for energies that
             need none.
-        pictures: whether the target is pictures as samples should be, ``(B, C, H, W)``, of which the
-            energy makes what it compares: maps, embeddings, measurements. The network is not given
-            them.
+        pictures: whether the target is pictures as samples should be, ``(B, C, H, W)``, of which
+            the energy makes what it compares: maps, embeddings, measurements. The network is not
+            given them.
         unconditional: the network is given the null condition, so that guidance alone brings what
             is wanted; and it is sampled without classifier-free guidance.
         sees: whether the energy sees the ``pixels`` that a pipeline's VAE makes of latents, or the
@@ -110,8 +110,8 @@ class Steering:
         if encode is None or pictures.ndim != 4:
             raise FewstepError(
                 f"steering.pictures is true, but {type(energy).__name__} compares nothing of "
-                f"'{self.target}', of shape {tuple(pictures.shape)}. Leave it out, or take an energy "
-                "of pictures, such as MapDistance, and a target of fields.Images."
+                f"'{self.target}', of shape {tuple(pictures.shape)}. Leave it out, or take an "
+                "energy of pictures, such as MapDistance, and a target of fields.Images."
             )
         for network in self.networks():
             network.to(pictures.device)
