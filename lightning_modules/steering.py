@@ -62,6 +62,13 @@ class Steering:
     checkpointing: bool = False
     largest_move: float | None = LARGEST_MOVE
 
+    def __post_init__(self) -> None:
+        if self.pictures and (self.target in (None, "prompt") or self.sees == "latents"):
+            raise FewstepError(
+                "steering.pictures says that the target is pictures: it needs a target that names "
+                "them, and an energy that sees pixels (sees: pixels)."
+            )
+
     def networks(self) -> list[nn.Module]:
         """The networks that the energy looks through."""
         if self.guidance is None:
@@ -115,7 +122,8 @@ class Steering:
             )
         for network in self.networks():
             network.to(pictures.device)
-        found: Tensor = encode(pictures)
+        with torch.autocast(pictures.device.type, enabled=False):
+            found: Tensor = encode(pictures.float())
         return found
 
     def _read(self, prompt: list[str] | None) -> Tensor:

@@ -14,6 +14,8 @@ import torch
 
 from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
+from fewstep.guidance.described import described
+from fewstep.metrics.fingerprints import fingerprint
 from fewstep.networks.loading import (
     METADATA_KEY,
     find_checkpoint,
@@ -111,7 +113,10 @@ class TrainingFreeGuidance(FewStepModule):
 
     def steering_record(self) -> dict[str, Any]:
         """With the network that is steered, so that no other's results are taken for its own."""
-        start = dict(self.provenance.get("start", {}))
+        start: dict[str, Any] = dict(self.provenance.get("start", {}))
+        if "sha256" not in start:  # made by a factory, whose options are all that tells them apart
+            start["denoiser"] = described(self.student.to_spec())
+            start["sha256"] = fingerprint(self.student)
         return {**super().steering_record(), "start": start, "weights": self.role}
 
     def method_metadata(self) -> dict[str, Any]:

@@ -60,6 +60,7 @@ class SchedulerSteps:
         grid = torch.cat([times, torch.tensor([END]).double()])
         self.steps: list[Step] = steps_between(grid[first], alpha[first], sigma[first], DDIM())
         self._times: list[float] = times.tolist()
+        self._begin: int | None = getattr(scheduler, "begin_index", None)
         self._places: list[int] = (first[:-1].cumsum(0) - 1).tolist()
 
     def first(self, t: float) -> int:
@@ -73,6 +74,8 @@ class SchedulerSteps:
             FewstepError: if no step begins at that time.
         """
         number = min(range(len(self._times)), key=lambda n: abs(self._times[n] - t))
+        if self._begin is not None and self._times[self._begin] == self._times[number]:
+            number = self._begin  # of a time that comes twice, the one the pipeline means
         nearest = self._times[number]
         if abs(nearest - t) > NEAREST * max(abs(t), 1):
             raise FewstepError(

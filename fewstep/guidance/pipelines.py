@@ -127,11 +127,16 @@ class Draws:
 
     def begin(self) -> Callable[[int], Sequence[torch.Generator]]:
         """What gives a run's generators, one for each of so many samples."""
+        if isinstance(self.generator, torch.Generator):
+            raise FewstepError(
+                "guide() was given one generator; give each sample its own, generator=[...], to "
+                "the pipeline as well."
+            )
         self.runs += 1
         run, beside = self.runs, own_stream(self.generator)
 
         def draws(count: int) -> Sequence[torch.Generator]:
-            if beside is None or isinstance(beside, torch.Generator):
+            if not isinstance(beside, Sequence):
                 return [torch_generator(self.seed, "guidance", run, row) for row in range(count)]
             if len(beside) != count:
                 raise FewstepError(

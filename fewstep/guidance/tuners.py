@@ -59,6 +59,21 @@ class EnergyTuner(Judge):
     def __call__(self, samples: Tensor, target: Target) -> Tensor:
         return -self.energy(samples, target)
 
+    @torch.no_grad()
+    def see(self, pictures: Tensor) -> Tensor:
+        """What the energy compares of pictures ``(N, C, H, W)`` in [-1, 1], ``(N, ...)``.
+
+        Raises:
+            FewstepError: if it compares nothing of them.
+        """
+        encode = getattr(self.energy, "encode_images", None)
+        if encode is None:
+            raise FewstepError(
+                f"steering.pictures is true, but the tuner's {type(self.energy).__name__} compares "
+                "nothing of pictures. Give a tuner that does."
+            )
+        return torch.cat([encode(some) for some in pictures.split(32)])
+
     def encode(self, prompts: list[str]) -> Tensor:
         """Captions as the energy knows them, ``(B, ...)``.
 

@@ -90,6 +90,11 @@ def part_of(folder: Path, part: str) -> str:
     return "." if flat else part
 
 
+def network_folder(folder: Path) -> Path:
+    """The folder of a pipeline's denoising network."""
+    return folder / part_of(folder, family_of(folder).part)
+
+
 # ---------------------------------------------------------------------- sizes
 
 

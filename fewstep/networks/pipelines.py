@@ -19,6 +19,7 @@ from fewstep.networks.families import DiffusersBackbone, Family
 from fewstep.networks.folders import (
     family_of,
     find_folder,
+    network_folder,
     part_of,
     read_configs,
     read_json,
@@ -115,8 +116,8 @@ def load_denoiser_of(
     network = load_network(folder, family, weights).to(network_dtype)
     backbone = family.backbone(network, shape, shapes, **options)
     backbone.fill_null(null or {})
-    if has_gates(folder / family.part):
-        load_gates(backbone, folder / family.part)
+    if has_gates(network_folder(folder)):
+        load_gates(backbone, network_folder(folder))
     schedule, prediction_type = read_schedule(folder, backbone.num_tokens)
     denoiser = Denoiser(backbone, schedule, prediction_type).requires_grad_(False).eval()
     return LoadedPipeline(denoiser, folder, str(where), family, configs.size, device, dtype)

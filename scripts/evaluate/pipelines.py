@@ -12,6 +12,7 @@ from torch import Tensor
 
 from datamodules.contents import name_of_files
 from fewstep.errors import FewstepError
+from fewstep.networks.folders import part_of
 from fewstep.networks.gates import has_gates, load_gates
 from fewstep.seeding import Generators, torch_generator
 from scripts.evaluate.counting import counted, runs_twice
@@ -51,8 +52,9 @@ class PipelineSampler(StandIn):
         except (OSError, ValueError, AttributeError, ImportError) as error:
             raise FewstepError(f"The pipeline '{folder}' cannot be loaded: {error}") from error
         for part in ("unet", "transformer"):
-            if has_gates(folder / part):
-                load_gates(getattr(pipeline, part), folder / part)
+            place = folder / part_of(folder, part)
+            if getattr(pipeline, part, None) is not None and has_gates(place):
+                load_gates(getattr(pipeline, part), place)
         pipeline.set_progress_bar_config(disable=True)
         self._takes = inspect.signature(pipeline.__call__).parameters
         self._calls = read_calls(folder)

@@ -102,7 +102,7 @@ def _prune(options: argparse.Namespace) -> None:
 
     removed = prune_depth(
         *(options.source, options.dest, options.blocks),
-        *(options.samples, options.steps, options.seed),
+        *(options.samples, options.steps, options.seed, options.device),
     )
     print(f"Without the blocks {', '.join(map(str, removed))} (from 0): {options.dest}")
 
@@ -179,9 +179,15 @@ def _add_depths(actions: Any, style: Any) -> None:
             help="what to write: a folder from a pipeline's, otherwise a checkpoint",
         )
     prune.add_argument("--blocks", metavar="N", type=int, required=True, help="how many go")
+    prune.add_argument(
+        "--steps",
+        metavar="N",
+        type=int,
+        help="sampling steps they are made with; by default 20, or what a student serves",
+    )
+    prune.add_argument("--device", default="cpu", help="where they are made, by default cpu")
     for option, default, what in (
         ("--samples", 16, "samples to measure on"),
-        ("--steps", 20, "sampling steps they are made with"),
         ("--seed", 0, "of all that is random"),
     ):
         prune.add_argument(

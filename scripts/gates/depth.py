@@ -10,10 +10,9 @@ import torch
 from torch import nn
 
 from fewstep.diffusion import Denoiser
-from fewstep.diffusion.samplers import ode_sample
 from fewstep.errors import FewstepError
 from fewstep.networks.families import DiffusersBackbone
-from fewstep.networks.folders import family_of
+from fewstep.networks.folders import family_of, network_folder
 from fewstep.networks.gates import grow, is_gated, load_gates, prune, save_gates
 from fewstep.networks.gates.apply import remove_gates
 from fewstep.networks.gates.gated import network_of
@@ -26,6 +25,7 @@ from fewstep.networks.loading import (
 from fewstep.networks.pipelines import load_denoiser_of, load_network
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder
 from fewstep.seeding import torch_generator
+from lightning_modules.chains import PLAIN_ODE, Chain, Record, chain_of, default_steps
 from scripts.export.folder import write_network
 from scripts.gates.folders import new_pipeline
 
@@ -47,17 +47,22 @@ def grow_depth(source: str, dest: Path) -> int:
     """
     folder = Path(source)
     if not is_pipeline(folder):
-        return _of_checkpoint(source, dest, grow)
-    family = family_of(folder)
-    network = load_network(folder, family)
-    load_gates(network, folder / family.part)
+        return _of_checkpoint(source, dest, lambda denoiser, _: grow(denoiser))
+    network = load_network(folder, family_of(folder))
+    load_gates(network, network_folder(folder))
     depth = grow(network)
     _write_pipeline(network, folder, dest)
     return depth
 
 
 def prune_depth(
-    source: str, dest: Path, blocks: int, samples: int = 16, steps: int = 20, seed: int = 0
+    source: str,
+    dest: Path,
+    blocks: int,
+    samples: int = 16,
+    steps: int | None = None,
+    seed: int = 0,
+    device: str = "cpu",
 ) -> list[int]:
     """Takes away the blocks that add least to their stream, and writes what is left.
 
@@ -67,8 +72,10 @@ def prune_depth(
         source, dest: as of :func:`grow_depth`; gates are not needed.
         blocks: how many go.
         samples: how many are measured.
-        steps: sampling steps they are made with.
+        steps: sampling steps they are made with, as the network's own method samples; by default
+            20 of a network that was not trained for few, else the most that it serves best.
         seed: of all that is random.
+        device: where they are made.
 
     Returns:
         The numbers that the removed blocks had.
@@ -77,8 +84,17 @@ def prune_depth(
         FewstepError: if its depth cannot be changed, or it needs prompts to sample.
     """
 
-    def change(denoiser: Denoiser) -> list[int]:
-        return prune(denoiser, blocks, lambda: run_on_own_samples(denoiser, samples, steps, seed))
+    def change(denoiser: Denoiser, record: Record) -> list[int]:
+        record = record if "method" in record else PLAIN_ODE
+        plain = record["method"] == PLAIN_ODE["method"]
+        count = steps or (20 if plain else default_steps(record)[-1])
+        chain = chain_of(record, denoiser.schedule, count)
+        denoiser.to(device)
+        removed = prune(
+            denoiser, blocks, lambda: run_on_own_samples(denoiser, chain, samples, seed)
+        )
+        denoiser.to("cpu")
+        return removed
 
     folder = Path(source)
     if not is_pipeline(folder):
@@ -86,7 +102,7 @@ def prune_depth(
     if family_of(folder).encode is not None:
         raise _needs_prompts(source)
     denoiser = load_denoiser_of(folder).denoiser
-    removed = change(denoiser)
+    removed = change(denoiser, PLAIN_ODE)
     _write_pipeline(network_of(denoiser), folder, dest)
     return removed
 
@@ -97,13 +113,13 @@ def is_pipeline(folder: Path) -> bool:
 
 
 @torch.no_grad()
-def run_on_own_samples(denoiser: Denoiser, count: int, steps: int, seed: int) -> None:
+def run_on_own_samples(denoiser: Denoiser, chain: Chain, count: int, seed: int) -> None:
     """One forward pass on samples of the network's own, with noise of random times.
 
     Args:
         denoiser: class-conditional, of all classes alike, or unconditional.
+        chain: that they are sampled along, four at a time.
         count: of the samples.
-        steps: to sample them by along the probability-flow ODE.
         seed: of noise, times and classes.
 
     Raises:
@@ -114,12 +130,18 @@ def run_on_own_samples(denoiser: Denoiser, count: int, steps: int, seed: int) ->
     if classes is None and isinstance(backbone, DiffusersBackbone):
         raise _needs_prompts(type(backbone).__name__)
     numbers = torch_generator(seed, "prune")
+    device = next(denoiser.parameters()).device
     cond = {}
     if classes is not None:
-        cond["class_labels"] = torch.randint(classes, (count,), generator=numbers)
-    first, noise = (torch.randn(count, *denoiser.sample_shape, generator=numbers) for _ in range(2))
-    t = schedule.sample_times((count,), numbers)
-    x0 = ode_sample(denoiser, first, cond, schedule.spaced_times(steps))
+        cond["class_labels"] = torch.randint(classes, (count,), generator=numbers).to(device)
+    first, noise = torch.randn(2, count, *denoiser.sample_shape, generator=numbers).to(device)
+    t = schedule.sample_times((count,), numbers).to(device)
+    made = []
+    for low in range(0, count, 4):
+        some = {name: value[low : low + 4] for name, value in cond.items()}
+        draws = [torch_generator(seed, "prune", n) for n in range(low, min(low + 4, count))]
+        made.append(chain.sample(denoiser, first[low : low + 4], some, draws))
+    x0 = torch.cat(made)
     denoiser.raw(schedule.add_noise(x0, noise, t), t, cond)
 
 
@@ -130,13 +152,13 @@ def _needs_prompts(source: str) -> FewstepError:
     )
 
 
-def _of_checkpoint(source: str, dest: Path, change: Callable[[Denoiser], Result]) -> Result:
+def _of_checkpoint(source: str, dest: Path, change: Callable[[Denoiser, Record], Result]) -> Result:
     """Changes the denoiser of a checkpoint, and writes a checkpoint of it alone."""
     if dest.exists():
         raise FewstepError(f"'{dest}' is there already; give another --dest.")
     denoiser, path = load_denoiser(source).denoiser, find_checkpoint(source)
-    result = change(denoiser)
     old = read_remainder(path) if is_sharded_checkpoint(path) else read_checkpoint(path)
+    result = change(denoiser, old[METADATA_KEY])
     state = {f"ema.{name}": value for name, value in denoiser.state_dict().items()}
     metadata = {**old[METADATA_KEY], "denoiser": denoiser.to_spec()}
     dest.parent.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import nn
 
 from fewstep.errors import FewstepError
-from fewstep.networks.folders import family_of, read_json
+from fewstep.networks.folders import family_of, network_folder, read_json
 from fewstep.networks.gates import (
     GateTable,
     ResidualGates,
@@ -37,22 +37,20 @@ def apply(pipeline: Path, spec: ResidualGates, overwrite: bool = False) -> GateT
         FewstepError: if it is no pipeline's folder, has gates that may not be replaced, nothing in
             it can be gated so, or the gates would change what its trained network computes.
     """
-    family = family_of(pipeline)
+    part = network_folder(pipeline)
     if spec.init != "identity":
         raise FewstepError(
             f"--init {spec.init} would change what its trained network computes: alpha would start "
-            f"elsewhere than at 1 and spoil what '{pipeline / family.part}' has learnt. Leave it "
+            f"elsewhere than at 1 and spoil what '{part}' has learnt. Leave it "
             "out. Such a start belongs in `gates:` of an experiment that trains from scratch."
         )
-    if has_gates(pipeline / family.part) and not overwrite:
-        raise FewstepError(
-            f"'{pipeline / family.part}' has gates already; add --overwrite to replace them."
-        )
-    network = load_network(pipeline, family)
+    if has_gates(part) and not overwrite:
+        raise FewstepError(f"'{part}' has gates already; add --overwrite to replace them.")
+    network = load_network(pipeline, family_of(pipeline))
     table = apply_gates(network, spec)
     if not is_gated(network):
         raise FewstepError("These options make no gates; choose another --mode, or add --skip.")
-    save_gates(network, pipeline / family.part)
+    save_gates(network, part)
     return table
 
 
@@ -69,10 +67,8 @@ def merge(pipeline: Path, dest: Path) -> int:
             within the pipeline's.
     """
     _check_no_run(pipeline)
-    family = family_of(pipeline)
-    part = pipeline / family.part
-    network = load_network(pipeline, family)
-    load_gates(network, part)
+    network = load_network(pipeline, family_of(pipeline))
+    load_gates(network, network_folder(pipeline))
     merged = merge_gates(network)
     with new_pipeline(pipeline, dest, network) as folder:
         write_network(network, folder, half=False)

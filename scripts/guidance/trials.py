@@ -65,6 +65,9 @@ class Tuning:
         wanted = self.scene.data.reference_conditions(range(self.samples))
         if self.steering.target == "prompt" and isinstance(self.tuner, EnergyTuner):
             return self.tuner.encode(wanted.prompt or []).to(self.module.device)
+        if self.steering.pictures and self.steering.target is not None:
+            pictures = wanted.cond[self.steering.target].to(self.module.device)
+            return self.tuner.see(pictures) if isinstance(self.tuner, EnergyTuner) else pictures
         found = self.steering.target_of(wanted.cond, wanted.prompt)
         return None if found is None else found.to(self.module.device)
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.diffusion import Guided, VPSchedule
+from fewstep.diffusion import Denoiser, Guided, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.guidance import (
     ClassLabel,
@@ -23,6 +23,7 @@ from fewstep.guidance import (
 )
 from fewstep.guidance.described import described
 from fewstep.guidance.noise import NoiseOptimisation
+from fewstep.networks.mixture import RingMixture
 from fewstep.seeding import torch_generator
 from lightning_modules import FewStepModule, Steering, TrainingFreeGuidance
 from lightning_modules.chains import PLAIN_ODE, chain_of
@@ -200,13 +201,15 @@ def test_the_recorded_scale_is_the_one_that_was_sampled_with() -> None:
 
 
 def test_results_tell_the_steered_networks_apart() -> None:
-    records = []
-    for name in ("teacher", "lcm"):
-        module = TrainingFreeGuidance("unused", Steering(STRONG))
-        module.provenance["start"] = {"path": name}
-        records.append(module.steering_record())
-    assert records[0] != records[1]
-    assert records[0]["start"] == {"path": "teacher"}
+    def record(std: float) -> dict[str, object]:
+        module = TrainingFreeGuidance(
+            lambda: Denoiser(RingMixture(VPSchedule(), std=std), VPSchedule(), "epsilon"),
+            Steering(),
+        )
+        module.configure_model()
+        return module.steering_record()
+
+    assert record(0.1) == record(0.1) != record(0.2)
 
 
 def test_steps_that_were_allowed_untrained_are_taken_when_steered_too() -> None:
@@ -243,6 +246,8 @@ def test_of_pictures_the_energy_makes_what_it_compares_and_the_network_gets_none
     assert module.sample(noise(), {**COND, "like": like}, 2).isfinite().all()
     with module.sampling_as(plain=True, counted=False):
         assert module.sample(noise(), {**COND, "like": like}, 2).isfinite().all()
+    with pytest.raises(FewstepError, match="a target that names them"):
+        Steering(STRONG, target="prompt", pictures=True)
     module.steer(Steering(STRONG, target="like", pictures=True))
     with pytest.raises(FewstepError, match="ClassLabel compares nothing of 'like'"):
         module.sample(noise(), {**COND, "like": like}, 2)

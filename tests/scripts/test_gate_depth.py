@@ -14,10 +14,15 @@ from fewstep.networks import UViT, load_denoiser
 from fewstep.networks.gates import ResidualGates, apply_gates, gates_of, is_gated
 from fewstep.networks.loading import METADATA_KEY
 from fewstep.networks.pipelines import load_denoiser_of
+from lightning_modules.chains import Chain
+from scripts.gates import depth
+from scripts.gates.depth import run_on_own_samples
 from scripts.main import run
 
 from tiny_pipelines import save_stable_diffusion
+from tiny_students import save_student
 from tiny_transformers import loaded_by_diffusers, save_dit
+from training_runs import method
 
 ALPHAS = (1.0, 0.0, 0.5, 0.25)
 
@@ -101,3 +106,20 @@ def test_networks_that_need_prompts_are_refused(tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match="needs prompts to sample"):
         run(["gates", "prune", str(source), "--blocks", "1", "--dest", str(tmp_path / "a")])
     assert not (tmp_path / "a").exists()
+
+
+def test_students_are_pruned_on_samples_that_they_make(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chains: list[Chain] = []
+
+    def seen(denoiser: object, chain: Chain, *rest: object) -> None:
+        chains.append(chain)
+        run_on_own_samples(denoiser, chain, *rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(depth, "run_on_own_samples", seen)
+    module = method("lcm", ema_decay=None)
+    save_student(module, tmp_path / "student.ckpt")
+    depth.prune_depth(str(tmp_path / "student.ckpt"), tmp_path / "short.ckpt", 1)
+    assert chains[0].renoise
+    assert chains[0].num_steps == module.step_counts()[-1]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Cond
 from fewstep.errors import FewstepError
+from fewstep.networks.classes import check_labels
 from fewstep.networks.families.base import DiffusersBackbone, without_variance
 from fewstep.networks.families.family import Family
 from fewstep.networks.families.unets import unet_blocks
@@ -36,7 +37,8 @@ class PixelUNet(DiffusersBackbone):
         if self.network.class_embedding is not None:
             raise FewstepError(
                 "This U-Net was trained with classes and has none that means 'no class', which "
-                "classifier-free guidance needs; sample it with a guidance scale of 1."
+                "classifier-free guidance needs; sample it with a guidance scale of 1 and, where "
+                "it is steered, with unconditional: false."
             )
         return {}
 
@@ -46,14 +48,7 @@ class PixelUNet(DiffusersBackbone):
         Raises:
             FewstepError: if it has classes and gets none, or the other way round.
         """
-        has_classes = self.network.class_embedding is not None
-        if has_classes != (class_labels is not None):
-            raise FewstepError(
-                "This U-Net takes class labels: give the data's `conditions` class_labels."
-                if has_classes
-                else "This U-Net takes no class labels: leave them out of the data's `conditions`, "
-                "or sample it without condition."
-            )
+        check_labels(self, class_labels, self.network.class_embedding is not None)
         output: Tensor = self.network(x_t, t, class_labels, return_dict=False)[0]
         return without_variance(output, x_t.shape[1])
 

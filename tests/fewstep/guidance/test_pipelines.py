@@ -261,14 +261,17 @@ def test_a_run_knows_where_it_is_though_its_times_are_rounded(pipeline: Any) -> 
     assert guided.trace.costs.denoiser_evaluations == 6
 
 
-def test_a_run_from_a_picture_begins_on_the_way(pipeline: Any) -> None:
+@pytest.mark.parametrize("order", [1, 2])
+def test_a_run_from_a_picture_begins_on_the_way(pipeline: Any, order: int) -> None:
     pipe = StableDiffusionImg2ImgPipeline(**pipeline("sd").components)
+    if order == 2:  # comes by each time twice, and begins at the second
+        pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
     pipe.set_progress_bar_config(disable=True)
     picture = torch.zeros(2, 3, 16, 16)
     options = {"num_inference_steps": 8, "strength": 0.5, "output_type": "latent"}
     with guide(pipe, DARK) as guided:
         pipe(PROMPTS, picture, **options)
-    assert guided.trace.times == tuple(pipe.scheduler.timesteps[4:].tolist())
+    assert guided.trace.times == tuple(pipe.scheduler.timesteps[4 * order :].tolist())
     early = replace(DARK, window=Window(low=800))
     with guide(pipe, early), pytest.raises(FewstepError, match="is in its window"):
         pipe(PROMPTS, picture, **options)
@@ -348,6 +351,11 @@ def test_with_its_own_generator_a_sample_depends_on_no_place_in_the_batch(
     torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
     together, alone = sampled([0, 1], own=False), sampled([1], own=False)
     assert (alone[0] - together[1]).abs().max() > 1e-2  # views of another place
+    with (
+        guide(pipe, guidance, generator=torch.Generator()),
+        pytest.raises(FewstepError, match="each"),
+    ):  # type: ignore[arg-type]
+        run(pipe, "sd")
     few = [torch.Generator()]
     with guide(pipe, guidance, generator=few), pytest.raises(FewstepError, match="1 generators"):
         run(pipe, "sd")

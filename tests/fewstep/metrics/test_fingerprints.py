@@ -40,6 +40,7 @@ DISGUISES: list[Callable[[], nn.Module]] = [
     lambda: Scaled(network()),
     lambda: network()[:1],
     lambda: network().half(),
+    lambda: network().bfloat16(),
     tuned,
 ]
 
@@ -48,6 +49,7 @@ DISGUISES: list[Callable[[], nn.Module]] = [
 def test_copies_wrappers_and_parts_share_their_weights(disguise: Callable[[], nn.Module]) -> None:
     assert shares_weights(network(), disguise())
     assert shares_weights(disguise(), network())
+    assert shares_weights(disguise().bfloat16(), network().half())
 
 
 def test_other_networks_share_none_even_where_a_small_table_is_the_same() -> None:

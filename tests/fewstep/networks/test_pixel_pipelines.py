@@ -14,6 +14,7 @@ from fewstep.diffusion.denoiser import Guided
 from fewstep.diffusion.samplers import ode_sample
 from fewstep.errors import FewstepError
 from fewstep.guidance import HiddenBox, LinearMeasurement, mpgd
+from fewstep.networks.gates import ResidualGates, is_gated
 from fewstep.networks.latents import LatentCodec
 from fewstep.networks.pipelines import load_denoiser_of
 from lightning_modules import (
@@ -24,6 +25,7 @@ from lightning_modules import (
 )
 from scripts.export.exporting import export
 from scripts.export.students import Request
+from scripts.gates.folders import apply, merge
 
 from tiny_students import save_student
 
@@ -78,6 +80,11 @@ def test_repositories_without_folders_are_the_same_network(folder: Path) -> None
     for one, other in zip(ours.denoiser.parameters(), theirs.denoiser.parameters(), strict=True):
         assert torch.equal(one, other)
     assert ours.sha256
+    apply(flat, ResidualGates(mode="alpha"))
+    assert is_gated(load_denoiser_of(flat).denoiser.backbone)
+    merge(flat, folder.with_name("merged"))
+    for where in (flat, folder.with_name("merged")):
+        DDPMPipeline.from_pretrained(where)
     (flat / "diffusion_pytorch_model.safetensors").write_bytes(b"damaged")
     with pytest.raises(FewstepError, match="Cannot read the weights"):
         load_denoiser_of(flat)
@@ -87,13 +94,13 @@ def test_what_it_cannot_be_told_is_said(folder: Path, tmp_path: Path) -> None:
     noise, t = torch.randn(2, 3, 16, 16), torch.full((2,), 500.0)
     labels = {"class_labels": torch.tensor([1, 2])}
     plain = load_denoiser_of(folder).denoiser
-    with pytest.raises(FewstepError, match="takes no class labels"):
+    with pytest.raises(FewstepError, match="has no classes"):
         plain(noise, t, labels)
     assert plain.backbone.null_cond(labels) == {}
     of_classes = DDPMPipeline(network(num_class_embeds=10), DDPMScheduler())
     of_classes.save_pretrained(tmp_path / "classes")
     told = load_denoiser_of(tmp_path / "classes").denoiser
-    with pytest.raises(FewstepError, match="takes class labels"):
+    with pytest.raises(FewstepError, match="needs class labels"):
         told(noise, t)
     with pytest.raises(FewstepError, match="none that means 'no class'"):
         Guided(told, 2.0)(noise, t, labels)
