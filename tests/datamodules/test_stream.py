@@ -37,6 +37,7 @@ def ranks(sizes: list[int], batch: int, world: int, **options: object) -> list[S
 
 
 @given(SIZES, BATCH, RANKS, WORKERS)
+@pytest.mark.slow
 def test_endless_streams_hold_every_record_once_an_epoch(
     sizes: list[int], batch: int, world: int, workers: int
 ) -> None:

@@ -118,6 +118,7 @@ def dirac_radius(strength: float) -> float:
     return float(torch.stack([psi, theta[0, 0]]).norm().detach())
 
 
+@pytest.mark.slow
 def test_the_dirac_gan_closes_in_as_fast_as_the_penalty_says() -> None:
     assert dirac_radius(0.0) == pytest.approx(0.20, abs=0.005)
     assert dirac_radius(0.01) == pytest.approx(0.053, abs=0.001)

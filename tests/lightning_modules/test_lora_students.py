@@ -111,6 +111,7 @@ def test_a_saved_adapter_is_loaded_onto_its_base(folder: Path, tmp_path: Path) -
         assert not torch.equal(loaded(x, t, cond).x0, module.teacher(x, t, cond).x0)
 
 
+@pytest.mark.slow
 def test_a_lora_student_teaches_others(folder: Path, tmp_path: Path) -> None:
     first = ConsistencyDistillation(source(folder), 50, lora=SMALL, ema_decay=0.9)
     trainer = quiet_trainer(tmp_path, [], 2)

@@ -17,7 +17,13 @@ from ranks import run_ranks
 from training_runs import run, trained
 
 
-@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm", "apt"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("teacher", "adversarial", "mcm", "apt"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "pcm")),
+    ],
+)
 @pytest.mark.parametrize(
     ("kind", "accumulate"),
     [

@@ -75,6 +75,7 @@ def test_training_with_recomputed_activations_is_the_same_training(kind: str, wo
         assert_same_run(found, expected)
 
 
+@pytest.mark.slow
 def test_hybrid_sharding_trains_as_one_device_does() -> None:
     (expected,) = trained(1, "single", "adversarial")
     for found in trained(4, "hybrid", "adversarial"):

@@ -366,6 +366,7 @@ def lora_run(source: Pretrained, path: Path) -> ConsistencyDistillation:
     return module
 
 
+@pytest.mark.slow
 def test_a_lora_is_read_onto_a_base_that_has_moved_and_onto_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -85,6 +85,7 @@ def test_a_weight_of_zero_changes_no_bit(tmp_path: Path) -> None:
     assert not any("excess" in name for one in logged for name in one)
 
 
+@pytest.mark.slow
 def test_a_heavy_penalty_makes_units_even(tmp_path: Path) -> None:
     light, heavy = (SensitivityPenalty(weight, every=1, units=2) for weight in (1e-6, 100.0))
     *_, first = fit(tmp_path / "light", 10, sensitivity=light)

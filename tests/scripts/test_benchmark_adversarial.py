@@ -146,6 +146,7 @@ def test_losses_and_gradients_of_both_sides_are_the_same(
         assert far_apart(found, expected) < gradient_limit, role
 
 
+@pytest.mark.slow
 def test_steps_of_both_sides_train_the_same_weights() -> None:
     ours, plain = pair_of(TINY)
     before = {role: [p.detach().clone() for p in ps] for role, ps in ours.trained().items()}
@@ -185,6 +186,7 @@ def test_in_bfloat16_everything_trained_has_a_gradient_in_float32(bases: str) ->
     assert kept == {torch.bfloat16 if bases == "bf16" else torch.float32}
 
 
+@pytest.mark.slow
 def test_the_watch_counts_evaluations_and_splits_the_time_of_a_step() -> None:
     ours, plain = Ours(TINY), Straightforward(TINY)
     expected: list[tuple[Contestant, Step, dict[str, int], int]] = [

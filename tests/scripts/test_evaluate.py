@@ -59,6 +59,7 @@ def write_images(folder: Path, images: list[np.ndarray[Any, Any]]) -> None:
         Image.fromarray(image).save(folder / f"{number:04d}.png")
 
 
+@pytest.mark.slow
 def test_the_data_themselves_as_samples_have_about_no_distance(here: Path) -> None:
     write_images(here / "theirs" / "deep", digits())
     (entry,) = measured("--samples", "theirs", "--steps", "4", "--guidance", "2.0")

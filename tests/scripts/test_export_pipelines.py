@@ -154,7 +154,7 @@ CASES = {
 }
 LAYOUTS: dict[Any, Callable[[Tensor], Tensor]] = {save_flux: packed, save_ltx: ltx_tokens}
 """What these pipelines make of latents, where they are not plain."""
-QUICK = ("sd_cm_guided", "sd3_pcm_4_guided")
+QUICK = ("sd_cm_guided",)
 """Always tested; the rest takes longer."""
 
 

@@ -95,6 +95,7 @@ def test_the_setting_that_a_tuner_wants_is_found_and_its_overlay_sets_it(
     assert config["run"]["name"] == f"{EXPERIMENT}+tuned"
 
 
+@pytest.mark.slow
 def test_the_same_command_goes_on_where_it_was_stopped(capsys: pytest.CaptureFixture[str]) -> None:
     search("--trials", "4")
     whole, told = trials(), capsys.readouterr().out
@@ -112,6 +113,7 @@ def test_the_same_command_goes_on_where_it_was_stopped(capsys: pytest.CaptureFix
     assert (len(CALLS), len(trials())) == (2, 5)  # and farther
 
 
+@pytest.mark.slow
 def test_every_method_gets_as_many_trials_whatever_number_of_knobs_it_has() -> None:
     other = "guidance/analytic/dps"
     search("--trials", "3")
@@ -143,6 +145,7 @@ def test_time_travel_is_searched_like_a_strength() -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_setting_too_far_from_data_cannot_win(capsys: pytest.CaptureFixture[str]) -> None:
     search(*RANGE, "--max_distance", "1000")
     records = [json.loads(line) for line in (folder() / "trials.jsonl").read_text().splitlines()]

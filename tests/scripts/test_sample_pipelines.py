@@ -77,6 +77,7 @@ def drawn(folder: str, name: str) -> Any:
     return np.asarray(Image.open(Path(folder) / "samples" / name)).astype(int)
 
 
+@pytest.mark.slow
 def test_an_exports_pictures_are_those_of_its_run(here: Path) -> None:
     config = experiment(unshifted(here / "base"))
     run(["fit", "-c", config])

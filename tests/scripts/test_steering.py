@@ -86,6 +86,7 @@ def test_measuring_one_needs_no_earlier_run(here: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_an_option_steers_as_the_experiment_does_and_keeps_its_results_apart(here: Path) -> None:
     """The same network, guidance, noise and targets: the same numbers to the last bit."""
     command("fit", "guidance/analytic/unguided", "--model.init_args.step_counts", "[4]")
@@ -151,6 +152,7 @@ START = {
 }
 
 
+@pytest.mark.slow
 def test_the_guide_is_not_taken_for_a_judge(here: Path) -> None:
     small(here / "small.yaml", [accuracy("guide")])
     start = ["--model.init_args.start", json.dumps(START)]
@@ -158,6 +160,7 @@ def test_the_guide_is_not_taken_for_a_judge(here: Path) -> None:
         command("fit", "guidance/digits/dps", *start)
 
 
+@pytest.mark.slow
 def test_the_guide_that_is_measured_has_to_be_the_one_that_guided(here: Path) -> None:
     small(here / "small.yaml", [accuracy("judge")])
     start = ["--model.init_args.start", json.dumps(START)]

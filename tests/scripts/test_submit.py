@@ -324,6 +324,7 @@ def test_an_array_of_seeds_has_a_run_for_each(
     assert "Job 17: digits/teacher, 3 tasks" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_an_array_of_a_file_has_a_run_for_each_line(cluster: Path) -> None:
     (cluster / "sweep.txt").write_text(
         "--model.init_args.ema_decay 0.9  # short\n\n"

@@ -134,6 +134,7 @@ def test_a_teacher_with_a_single_seed_serves_students_of_all_seeds() -> None:
     assert [entry.seeds for entry in suite.entries] == [(5,), (9,)]
 
 
+@pytest.mark.slow
 def test_steps_are_measured_where_the_method_serves_them() -> None:
     write_suite(
         steps=[2, 4],

@@ -99,6 +99,7 @@ def test_what_is_done_is_neither_submitted_nor_waited_for(cluster: Path) -> None
     assert (tasks(waiting), dependency(waiting)) == (["lcm/seed_1"], "afterok:1_0")
 
 
+@pytest.mark.slow
 def test_what_is_in_the_queue_is_not_submitted_again_but_waited_for(
     cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -43,6 +43,7 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/usr/nowhere")
 
 
+@pytest.mark.slow
 def test_each_label_is_a_line_of_means_over_seeds_and_the_last_held_out_loss_counts() -> None:
     found = done(
         lambda cell: cell.variant.point[LAYERS] + cell.seed,
@@ -82,6 +83,7 @@ def test_updates_that_change_with_the_setting_are_named_at_each_of_its_values(
     assert drawn == [{4: "4\n20 updates", 16: "16\n5 updates"}, {}]
 
 
+@pytest.mark.slow
 def test_numbers_say_of_how_many_runs_they_are_and_which_diverged() -> None:
     found = done(
         lambda cell: 1.0 + cell.seed, seeds=[0, 1, 2], grid=DEPTHS, experiments=[NONE, GATED]

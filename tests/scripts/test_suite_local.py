@@ -77,6 +77,7 @@ def test_what_is_done_is_not_run_again_and_the_report_is_written(
     assert (HOME / "report.html").exists()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_one_that_is_trained_is_measured_alone(
     here: Path, started: dict[str, list[str]]
 ) -> None:
@@ -99,6 +100,7 @@ def test_a_run_resumes_and_one_that_is_trained_is_measured_alone(
     }
 
 
+@pytest.mark.slow
 def test_a_failure_blocks_what_needs_it_and_nothing_else(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -214,6 +216,7 @@ def test_the_summary_has_means_and_deviations_over_seeds(here: Path) -> None:
     assert lines[4] == "| teacher | 1.500 ± 0.707 | 3.000 |"
 
 
+@pytest.mark.slow
 def test_the_summary_says_of_how_many_runs_a_number_is_and_which_diverged(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

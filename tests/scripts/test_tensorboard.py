@@ -94,6 +94,7 @@ def test_step_counts_are_ordered_as_numbers() -> None:
     assert list(chart_layout(names)["kid"])[1:] == ["2 steps", "8 steps", "16 steps"]
 
 
+@pytest.mark.slow
 def test_training_tells_tensorboard_the_settings_of_the_configuration(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

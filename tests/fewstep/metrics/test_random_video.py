@@ -26,6 +26,7 @@ def distance(generated: Tensor, reference: Tensor) -> float:
     return measured(FrechetDistance(loaded()), batches(generated, 64), batches(reference, 64))[NAME]
 
 
+@pytest.mark.slow
 def test_it_tells_disorder_stillness_and_marks_from_other_clips_of_the_same_kind() -> None:
     reference, _ = digit_clips("clear", 250, num_frames=8)
     others, _ = digit_clips("clear", 250, start=1000, num_frames=8)

@@ -184,6 +184,7 @@ def test_the_contact_sheet_shows_records_of_all_shards(folder: Path, tmp_path: P
         assert (pixels == value).sum() > 160 * 80
 
 
+@pytest.mark.slow
 def test_remote_shards_are_checked_too(folder: Path, tmp_path: Path) -> None:
     class Quiet(SimpleHTTPRequestHandler):
         def log_message(self, *_: Any) -> None:
