@@ -148,6 +148,7 @@ def _report_of_two(folder: Path, kind: str) -> tuple[Rows, dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.slow
 def test_sharded_gates_are_reported_whole(kind: str, tmp_path: Path) -> None:
     (rows, gates), _ = run_ranks(2, partial(_report_of_two, tmp_path, kind))
     assert [row["update"] for row in rows] == [1] * 4 + [2] * 4

@@ -91,6 +91,7 @@ def test_ranks_read_everything_once_though_some_have_nothing_to_read(
 
 
 @given(SIZES, BATCH, st.integers(1, 64), WORKERS)
+@pytest.mark.slow
 def test_records_are_repeated_only_to_fill_the_last_round(
     sizes: list[int], batch: int, world: int, workers: int
 ) -> None:

@@ -132,6 +132,7 @@ def test_a_checkpoint_is_loaded_into_any_number_of_ranks(
         assert_equal(states, saved[0])
 
 
+@pytest.mark.slow
 def test_a_sharded_checkpoint_serves_as_a_teacher(tmp_path: Path) -> None:
     (states, _), _ = run_ranks(2, run, tmp_path, "fsdp", 2, "teacher", 5)
     loaded = load_denoiser(tmp_path)

@@ -393,6 +393,7 @@ def test_a_lora_is_read_onto_a_base_that_has_moved_and_onto_no_other(
     student.configure_model()  # it teaches others, too
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_its_base_elsewhere_but_with_no_other(tmp_path: Path) -> None:
     pytest.importorskip("peft")
     base, elsewhere = KINDS["sd"](tmp_path / "base"), tmp_path / "elsewhere"

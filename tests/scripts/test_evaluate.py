@@ -70,6 +70,7 @@ def test_the_data_themselves_as_samples_have_about_no_distance(here: Path) -> No
     assert Path("runs/samples/theirs/version_0/results.json").is_file()
 
 
+@pytest.mark.slow
 def test_shards_and_folders_of_the_same_samples_measure_the_same(here: Path) -> None:
     images = [255 - image for image in digits()[:300]]
     write_images(here / "files", images)

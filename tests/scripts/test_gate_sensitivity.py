@@ -79,6 +79,7 @@ def check(networks: dict[Any, Measured], shallow: int, deep: int) -> None:
 INITS = ("identity", "depth", "ode", "zero")
 
 
+@pytest.mark.slow
 def test_what_gates_do_to_sensitivity_and_rounding_between_4_and_16_blocks() -> None:
     check(study(["pre-LN", "no-norm"], INITS, [4, 16], seeds=1), 4, 16)
 

@@ -70,6 +70,7 @@ def strength_in(path: Path) -> float:
     return float(content["init_args"]["strength"])
 
 
+@pytest.mark.slow
 def test_the_setting_that_a_tuner_wants_is_found_and_its_overlay_sets_it(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -127,6 +128,7 @@ def test_every_method_gets_as_many_trials_whatever_number_of_knobs_it_has() -> N
     assert set(init["steering"]["guidance"]["init_args"]) == {"strength", "cap"}
 
 
+@pytest.mark.slow
 def test_time_travel_is_searched_like_a_strength() -> None:
     search("--knobs", "recurrence.count", "--trials", "3", "--name", "travel")
     tried = trials("travel")

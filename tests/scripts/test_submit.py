@@ -309,6 +309,7 @@ def test_if_slurm_refuses_nothing_stays_behind(cluster: Path) -> None:
     assert not list((cluster / RUNS).glob("version_*"))
 
 
+@pytest.mark.slow
 def test_an_array_of_seeds_has_a_run_for_each(
     cluster: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -107,6 +107,7 @@ def test_numbers_say_of_how_many_runs_they_are_and_which_diverged() -> None:
     assert Image.open(image).size[1] > before, "a line of text for each number that lacks runs"
 
 
+@pytest.mark.slow
 def test_a_line_of_which_every_run_diverged_has_a_row() -> None:
     found = done(lambda cell: 1.0, grid=DEPTHS, experiments=[NONE, GATED])
     for cell in found.cells[2:]:

@@ -145,6 +145,7 @@ def test_a_run_that_was_asked_to_stop_is_not_done_and_not_failed(
         run(["suite", "x.yaml"])
 
 
+@pytest.mark.slow
 def test_changed_runs_are_refused_before_anything_runs(
     here: Path, started: dict[str, list[str]]
 ) -> None:

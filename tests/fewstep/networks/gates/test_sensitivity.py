@@ -108,6 +108,7 @@ def test_the_excess_of_gates_is_what_is_beyond_their_start_by_depth() -> None:
 # ------------------------------------------------------------ the ODE, of which a stack is a solver
 
 
+@pytest.mark.slow
 def test_the_error_of_a_stack_is_of_first_order_in_its_step() -> None:
     torch.manual_seed(0)
     unit = Unit(curved=True).double()
