@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.optim import RMSprop
 
 from fewstep.contracts import Alarm, Batch
-from fewstep.diffusion import DenoiserLike, consistency_sample
+from fewstep.diffusion import DenoiserLike
 from fewstep.diffusion.tables import work_dtype
 from fewstep.errors import FewstepError
 from fewstep.networks.query_discriminator import QueryDiscriminator
 from fewstep.seeding import Generators
 from lightning_modules.adversarial_game import AdversarialDraws, AdversarialGame
 from lightning_modules.base import FewStepModule, Turn
+from lightning_modules.chains import post_trained_chain
 from lightning_modules.parallel import ShardedStrategy
 from lightning_modules.roles import Evaluations, TeacherSource, Update, load_teacher
 from lightning_modules.spread import between_seeds, moments, spreads
@@ -240,10 +241,8 @@ class AdversarialPostTraining(FewStepModule):
         generator: Generators,
     ) -> Tensor:
         """One jump; between several, ``two_steps`` decides."""
-        if self.two_steps == "line":
-            return super().sample_from(denoiser, noise, cond, num_steps, generator)
-        times = denoiser.schedule.spaced_times(num_steps)
-        return consistency_sample(denoiser, noise, cond, times, generator)
+        chain = post_trained_chain(denoiser.schedule, num_steps, self.two_steps)
+        return chain.sample(denoiser, noise, cond, generator)
 
     def step_counts(self, role: str | None = None) -> list[int]:
         """The one step that is trained, and two."""

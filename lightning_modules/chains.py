@@ -120,9 +120,13 @@ def _ode(record: Record, schedule: Schedule, num_steps: int) -> Chain:
     return Chain(schedule.spaced_times(num_steps), renoise=False)
 
 
+def post_trained_chain(schedule: Schedule, num_steps: int, two_steps: str) -> Chain:
+    """One jump; between several, ``two_steps`` says whether the sample is noised anew."""
+    return Chain(schedule.spaced_times(num_steps), renoise=two_steps == "renoise")
+
+
 def _post_trained(record: Record, schedule: Schedule, num_steps: int) -> Chain:
-    renoise = record["sampling"]["two_steps"] == "renoise"
-    return Chain(schedule.spaced_times(num_steps), renoise)
+    return post_trained_chain(schedule, num_steps, record["sampling"]["two_steps"])
 
 
 CHAINS: dict[str, Callable[[Record, Schedule, int], Chain]] = {

@@ -7,6 +7,8 @@ same with any other experiment's run.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -89,8 +91,13 @@ class TrainingFreeGuidance(FewStepModule):
         self.steer(steering or Steering())
 
     def build_roles(self) -> None:
-        self.student, self.provenance["start"] = load_teacher(self.start_source, self.role)
+        self.student, origin = load_teacher(self.start_source, self.role)
         frozen(self.student)
+        planned = any(tensor.is_meta for tensor in self.student.state_dict().values())
+        if "sha256" not in origin and not planned:  # a factory's: nothing else tells them apart
+            made = {"spec": described(self.student.to_spec()), "weights": fingerprint(self.student)}
+            origin["sha256"] = hashlib.sha256(json.dumps(made).encode()).hexdigest()
+        self.provenance["start"] = origin
 
     def record(self, role: str) -> Record:
         """What the network's checkpoint says of its sampling; others follow the ODE."""
@@ -113,10 +120,7 @@ class TrainingFreeGuidance(FewStepModule):
 
     def steering_record(self) -> dict[str, Any]:
         """With the network that is steered, so that no other's results are taken for its own."""
-        start: dict[str, Any] = dict(self.provenance.get("start", {}))
-        if "sha256" not in start:  # made by a factory, whose options are all that tells them apart
-            start["denoiser"] = described(self.student.to_spec())
-            start["sha256"] = fingerprint(self.student)
+        start = dict(self.provenance.get("start", {}))
         return {**super().steering_record(), "start": start, "weights": self.role}
 
     def method_metadata(self) -> dict[str, Any]:

@@ -28,8 +28,9 @@ from fewstep.guidance.noise import NoiseOptimisation
 from lightning_modules import FewStepModule
 from lightning_modules.parallel import ShardedStrategy
 from lightning_modules.whole import WholeCheckpointIO
-from scripts.config_errors import explain
+from scripts.config_errors import explain, reasons_within
 from scripts.experiments import expand_arguments, expand_steering
+from scripts.failures import earlier
 from scripts.launcher import watch_ranks
 from scripts.loggers import MetricsCSV
 from scripts.plan import Strategy
@@ -169,6 +170,22 @@ class FewstepCLI(LightningCLI):
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints do not change the configuration."""
+
+    def instantiate_classes(self) -> None:
+        """Builds all that is configured.
+
+        Raises:
+            FewstepError: in its own words what a class refused, which a parser that tried it as one
+                of several types buries among what was wrong with the others.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            refused = next((e for e in earlier(error) if isinstance(e, FewstepError)), None)
+            reasons = str(refused or reasons_within(str(error)))
+            if not reasons:
+                raise
+            raise FewstepError(reasons) from error
 
     def before_instantiate_classes(self) -> None:
         """Decides on the run's folder and the checkpoint to start from."""

@@ -14,8 +14,11 @@ _UNKNOWN = re.compile(r"(?:Option '([\w.]+)' is not accepted|not accept option '
 _FACTORY = re.compile(r"is not accepted\. Got value: Namespace\(.*?class_path='([\w.]+)'")
 _CLASS = re.compile(r"Problem with given class_path '([\w.]+)'")
 _REASON = re.compile(
-    r"^\s*(?:- )?(.*(?:Expected a|has no attribute|No module named|not a subclass).*)$", re.M
+    r"^( *(?:- )?)(.*(?:Expected a|has no attribute|No module named|a subclass|are required).*)$",
+    re.M,
 )
+# What a parser says of each type it tried in vain.
+_OTHER_TYPE = re.compile(r"- (?:Expected a |Does not validate against|Import path \S+ does not)")
 _WHERE = re.compile(r"Parser key \"([\w.\[\]]+)\"")
 
 
@@ -35,10 +38,24 @@ def explain(message: str) -> str:
             )
         return f"The configuration has an unknown key '{key}'.{nearest(key, _top_level())}"
     places = ".".join(dict.fromkeys(_WHERE.findall(message)))
-    reasons = [r.strip() for r in _REASON.findall(message) if "NoneType" not in r]
+    reasons = [found for found in _REASON.findall(message) if "NoneType" not in found[1]]
     if reasons and places:
-        return f"The configuration's '{places}' is wrong: {reasons[0]}"
+        # The innermost: those around it say that the value is none of another type's.
+        _, reason = max(reasons, key=lambda found: len(found[0]))
+        return f"The configuration's '{places}' is wrong: {reason}"
     return message.strip().split("\n  Given value")[0]
+
+
+def reasons_within(message: str) -> str:
+    """Why each of several types could not be built, without what only says that it was another's.
+
+    Empty if the message is not of that kind.
+    """
+    if not message.startswith("Does not validate against any of the Union subtypes"):
+        return ""
+    said = (line.strip() for line in message.splitlines() if line.lstrip().startswith("- "))
+    found = [line.removeprefix("- ") for line in said if not _OTHER_TYPE.search(line)]
+    return "; ".join(dict.fromkeys(found))
 
 
 def _arguments_of(class_path: str) -> Iterable[str]:

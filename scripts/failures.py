@@ -22,7 +22,15 @@ def explained(error: BaseException) -> FewstepError | None:
     clear = _explained(error)
     if clear is None:
         return None
-    return next((e for e in _earlier(error) if isinstance(e, FewstepError)), clear)
+    return next((e for e in earlier(error) if isinstance(e, FewstepError)), clear)
+
+
+def earlier(error: BaseException) -> Iterator[BaseException]:
+    """The errors it was raised from or during, the nearest first."""
+    found = error.__cause__ or error.__context__
+    while found is not None:
+        yield found
+        found = found.__cause__ or found.__context__
 
 
 def _explained(error: BaseException) -> FewstepError | None:
@@ -35,11 +43,3 @@ def _explained(error: BaseException) -> FewstepError | None:
         met = f"this rank learnt of it by: {str(error).strip().splitlines()[0]}"
         return LostRankError(lost_message(met, failed_children()))
     return None
-
-
-def _earlier(error: BaseException) -> Iterator[BaseException]:
-    """The errors it was raised from or during, the nearest first."""
-    found = error.__cause__ or error.__context__
-    while found is not None:
-        yield found
-        found = found.__cause__ or found.__context__

@@ -125,13 +125,15 @@ class Draws:
     generator: Sequence[torch.Generator] | None
     runs: int = 0
 
-    def begin(self) -> Callable[[int], Sequence[torch.Generator]]:
-        """What gives a run's generators, one for each of so many samples."""
+    def __post_init__(self) -> None:
         if isinstance(self.generator, torch.Generator):
             raise FewstepError(
                 "guide() was given one generator; give each sample its own, generator=[...], to "
                 "the pipeline as well."
             )
+
+    def begin(self) -> Callable[[int], Sequence[torch.Generator]]:
+        """What gives a run's generators, one for each of so many samples."""
         self.runs += 1
         run, beside = self.runs, own_stream(self.generator)
 

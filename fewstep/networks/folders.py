@@ -146,7 +146,7 @@ def read_configs(folder: Path, family: Family, size: tuple[int, int] | None = No
     chosen = size or native_size(folder)
     if chosen is None:
         raise FewstepError(f"'{folder}' does not tell for which size it was made; give the size.")
-    return Configs(index, network, vae, chosen, pixel_factors(folder))
+    return Configs(index, network, vae, chosen, vae_factors(vae) if vae else (1, 1))
 
 
 def sample_shape(configs: Configs, family: Family, frames: int | None = None) -> tuple[int, ...]:

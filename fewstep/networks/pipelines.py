@@ -116,8 +116,9 @@ def load_denoiser_of(
     network = load_network(folder, family, weights).to(network_dtype)
     backbone = family.backbone(network, shape, shapes, **options)
     backbone.fill_null(null or {})
-    if has_gates(network_folder(folder)):
-        load_gates(backbone, network_folder(folder))
+    part = network_folder(folder)
+    if has_gates(part):
+        load_gates(backbone, part)
     schedule, prediction_type = read_schedule(folder, backbone.num_tokens)
     denoiser = Denoiser(backbone, schedule, prediction_type).requires_grad_(False).eval()
     return LoadedPipeline(denoiser, folder, str(where), family, configs.size, device, dtype)

@@ -176,11 +176,17 @@ def put(config: dict[str, Any], key: str, value: Any) -> None:
 # ---------------------------------------------------------------------- choosing
 
 
+def matches(label: str, pattern: str) -> bool:
+    """Whether a pattern chooses a label, or the entry whose grid it is of."""
+    entry, _, _ = label.partition(",")
+    return fnmatchcase(label, pattern) or fnmatchcase(entry, pattern)
+
+
 def check_patterns(only: Sequence[str], variants: list[Variant]) -> None:
     """Refuses patterns that choose nothing."""
     labels = [variant.label for variant in variants]
     for pattern in only:
-        if not any(fnmatchcase(label, pattern) for label in labels):
+        if not any(matches(label, pattern) for label in labels):
             raise FewstepError(
                 f"--only {pattern} chooses no entry.{nearest(pattern, labels)} "
                 f"The suite has: {', '.join(labels)}."
@@ -192,12 +198,12 @@ def select(plan: Plan, only: Sequence[str] | None) -> None:
     if not only:
         return
     for cell in reversed(plan.cells):
-        matches = any(fnmatchcase(cell.variant.label, pattern) for pattern in only)
+        asked = any(matches(cell.variant.label, pattern) for pattern in only)
         needed = any(
             other.wanted and cell in other.parents and other.standing.state is not State.DONE
             for other in plan.cells
         )
-        cell.wanted = matches or (needed and cell.standing.state is not State.DONE)
+        cell.wanted = asked or (needed and cell.standing.state is not State.DONE)
 
 
 def refuse_changed(plan: Plan) -> None:

@@ -149,6 +149,45 @@ def test_a_value_of_the_wrong_type_is_named(here: Path, capsys: pytest.CaptureFi
     assert "int" in message
 
 
+NOISE = {
+    "energy": {
+        "class_path": "fewstep.guidance.ClassLabel",
+        "init_args": {"classifier": {"class_path": "torch.nn.Flatten"}},
+    },
+    "rule": {"class_path": "fewstep.guidance.Scheduled", "init_args": {"strength": 1.0}},
+}
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"iterations": 0, **NOISE}, "error: Noise is optimised in 1 iteration or more, not 0"),
+        (
+            {**NOISE, "energy": {"class_path": "fewstep.guidance.Guidance"}},
+            "guidance.energy' is wrong: Import path fewstep.guidance.Guidance does not correspond",
+        ),
+        ({"energy": NOISE["energy"]}, "guidance' is wrong: the following arguments are required"),
+    ],
+)
+def test_what_one_of_several_types_refuses_is_said_alone(
+    options: dict[str, Any], said: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steered = {"class_path": "fewstep.guidance.NoiseOptimisation", "init_args": options}
+    Path("noise.yaml").write_text(
+        yaml.safe_dump({"model": {"init_args": {"steering": {"init_args": {"guidance": steered}}}}})
+    )
+    message = error_of(["fit", "-c", "guidance/digits/few_unguided", "-c", "noise.yaml"], capsys)
+    assert said in message
+    assert len(message.splitlines()) == 1
+
+
+def test_what_a_method_refuses_is_said_in_its_own_words(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = error_of(["fit", "-c", "digits/apt", "--model.init_args.sigma", "0"], capsys)
+    assert message == "error: sigma (0.0) and time_shift (0.1) must be positive.\n"
+
+
 def test_a_student_without_its_teacher_says_how_to_train_one(
     here: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

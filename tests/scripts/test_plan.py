@@ -320,6 +320,15 @@ def test_a_teacher_is_read_from_its_checkpoint_without_weights(here: Path) -> No
     assert "no checkpoint yet" in note
 
 
+def test_steering_a_network_that_a_factory_makes_can_be_planned(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(["plan", "-c", "guidance/digits/few_polyak"])
+    said = capsys.readouterr().out
+    assert "0 forward" in said  # nothing is trained
+    assert "'runs/digits/lcm' holds no checkpoint yet" in said
+
+
 @pytest.mark.parametrize("trains", ["backbone", "teacher", "start"])
 def test_the_gates_of_a_teacher_yet_to_be_trained_are_planned(trains: str, here: Path) -> None:
     network = {

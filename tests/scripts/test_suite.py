@@ -385,6 +385,13 @@ def test_only_chooses_labels_and_what_they_need() -> None:
         plan("pcm_3")
 
 
+def test_only_chooses_a_point_of_a_grid_or_the_whole_of_it() -> None:
+    write_suite(seeds=[0], experiments=[TEACHER, {**STUDENT, "grid": {LR: [0.1, 0.2]}}])
+    finish(plan().cells[0])
+    assert [cell.variant.label for cell in plan("lcm").open] == ["lcm,lr=0.1", "lcm,lr=0.2"]
+    assert [cell.variant.label for cell in plan("l?m,*2").open] == ["lcm,lr=0.2"]
+
+
 @pytest.mark.usefixtures("two")
 def test_a_dry_run_shows_the_plan_and_changes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     run(["suite", "x.yaml", "--seeds", "4", "--dry-run"])

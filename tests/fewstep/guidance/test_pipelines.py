@@ -351,11 +351,12 @@ def test_with_its_own_generator_a_sample_depends_on_no_place_in_the_batch(
     torch.testing.assert_close(alone[0], together[1], rtol=1e-4, atol=1e-4)
     together, alone = sampled([0, 1], own=False), sampled([1], own=False)
     assert (alone[0] - together[1]).abs().max() > 1e-2  # views of another place
+    one: Any = torch.Generator()
     with (
-        guide(pipe, guidance, generator=torch.Generator()),
-        pytest.raises(FewstepError, match="each"),
-    ):  # type: ignore[arg-type]
-        run(pipe, "sd")
+        pytest.raises(FewstepError, match="each sample its own"),
+        guide(pipe, guidance, None, generator=one),
+    ):
+        pass
     few = [torch.Generator()]
     with guide(pipe, guidance, generator=few), pytest.raises(FewstepError, match="1 generators"):
         run(pipe, "sd")
