@@ -14,7 +14,6 @@ from callbacks.console import say
 from fewstep.errors import FewstepError
 
 PREFIX = "train/"
-NORM = "_grad_norm"
 NEVER = 2**62  # beyond any update
 EXIT_STATUS = 4  # of a run that stops for such losses
 
@@ -70,12 +69,10 @@ class FiniteLosses(Callback):
             self._look(trainer, pl_module)
 
     def _watched(self, trainer: pl.Trainer) -> dict[str, Tensor]:
-        # Under fp16 an infinite gradient is routine: the scaler skips the step and scales less.
-        scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         return {
             name.removeprefix(PREFIX): value.detach()
             for name, value in trainer.callback_metrics.items()
-            if name.startswith(PREFIX) and not (scaled and name.endswith(NORM))
+            if name.startswith(PREFIX)
         }
 
     def _note(self, update: int, values: list[Tensor]) -> None:

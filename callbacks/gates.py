@@ -30,9 +30,9 @@ from fewstep.networks.gates.streams import (
 
 FOLDER, FILE_NAME = "gates", "values.csv"
 GATES = ("alpha", "spread", "beta", "rho", "skip")
-STREAMS = ("stream", "ratio", "gradient")
+STREAMS = ("stream", "ratio", "unit", "cosine", "gradient")
 COLUMNS = ("update", "role", "gate", *GATES, *STREAMS)
-LOGGED = ("alpha", "beta", "rho", "skip", "ratio", "gradient")
+LOGGED = ("alpha", "beta", "rho", "skip", "ratio", "unit", "cosine", "gradient")
 TITLES = {
     "alpha": "alpha",
     "beta": "|beta|",
@@ -40,6 +40,8 @@ TITLES = {
     "skip": "factor of the skips",
     "stream": "stream",
     "ratio": "what a block adds / its stream",
+    "unit": "what a gated branch or block adds / its block's stream",
+    "cosine": "cosine of what it adds and the stream",
     "gradient": "gradient of the loss by a block's stream",
 }
 Row = dict[str, Any]
@@ -55,15 +57,22 @@ class GateReport(Callback):
       :class:`fewstep.networks.gates.GateValue`;
     - ``stream``: the root mean square of what the gate's block is given;
     - ``ratio``: that of what the block adds, modulation and gates included, relative to it. Blocks
-      with the smallest could go first, see :func:`fewstep.networks.gates.surgery.prune`;
+      with the smallest could go first, see :func:`fewstep.networks.gates.surgery.prune`. It is the
+      same of all gates of a block's stream;
+    - ``unit``: what the gate's own branch, or block, adds, ``|alpha F + beta|``, relative to the
+      same stream. Of blocks with several branches it is what the gate gives, before the block's own
+      modulation: where that multiplies branches, as adaLN does, this compares a gate with itself
+      over time rather than with ``ratio``. Elsewhere it is what is added;
+    - ``cosine``: of the angle between that and the stream, each as one vector: near 1 or -1 it
+      scales the stream, about 0 it turns it;
     - ``gradient``: that of the loss's gradient by what the block is given. It is about the same at
       all depths where a network is as sensitive to its first blocks as to its last;
       :class:`~callbacks.Sensitivity` logs how far it is not.
 
     What is of streams is of the first rank's first micro-batch of the update, and empty for blocks
     that have no stream of their own, such as those that change the size. Of networks with compiled
-    blocks it is always empty, as these do not let anyone look inside. With 16-mixed the gradient is
-    multiplied with the loss's scale. Between reports nothing is measured and nothing waits.
+    blocks it is always empty, as these do not let anyone look inside. Between reports
+    nothing is measured and nothing waits.
 
     Args:
         every_n_updates: student updates between reports; the last update has one too.
@@ -163,6 +172,8 @@ class GateReport(Callback):
 def read_gate_report(folder: Path) -> list[Row]:
     """The lines of a run's report, oldest first; numbers that are missing are None.
 
+    So are those that were not written down yet when the run began.
+
     Raises:
         FewstepError: if the file is missing or damaged.
     """
@@ -172,7 +183,7 @@ def read_gate_report(folder: Path) -> list[Row]:
         with path.open(newline="", encoding="utf-8") as file:
             return [
                 {"update": int(row["update"]), "role": row["role"], "gate": row["gate"]}
-                | {name: float(row[name]) if row[name] else None for name in numbers}
+                | {name: float(row[name]) if row.get(name) else None for name in numbers}
                 for row in csv.DictReader(file)
             ]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -190,14 +201,20 @@ def _rows(update: int, name: str, role: nn.Module, streams: list[StreamNorms]) -
         row: Row = {"update": update, "role": name, "gate": gate}
         row |= {kind: getattr(values[gate], kind) for kind in GATES}
         norms = None if place is None else seen.get(place)
-        gradient = None if norms is None or norms.gradient is None else norms.gradient.item()
-        row |= {
-            "stream": None if norms is None else norms.stream.item(),
-            "ratio": None if norms is None else norms.ratio,
-            "gradient": gradient,
-        }
+        row |= dict.fromkeys(STREAMS) if norms is None else _of_stream(norms, gate)
         rows.append(row)
     return rows
+
+
+def _of_stream(norms: StreamNorms, gate: str) -> Row:
+    unit = gate.rpartition(".")[0]
+    return {
+        "stream": norms.stream.item(),
+        "ratio": norms.ratio,
+        "unit": norms.ratio_of(unit),
+        "cosine": norms.cosine_of(unit),
+        "gradient": None if norms.gradient is None else norms.gradient.item(),
+    }
 
 
 def _shown(value: float | None) -> float | None:

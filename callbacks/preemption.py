@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import threading
 from pathlib import Path
 from types import FrameType
 from typing import Any, cast
@@ -11,16 +9,15 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import torch
 import torch.distributed as dist
-from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.checkpoints import Checkpoints
 from callbacks.console import say
+from callbacks.signals import Signals
 from fewstep.errors import FewstepError
 
 EXIT_STATUS = 75
 FLAG_NAME = "PREEMPT"
-SIGNALS = (signal.SIGUSR1, signal.SIGTERM)
 
 
 class Preempted(SystemExit):
@@ -38,9 +35,10 @@ class Preemption(Callback):
     After the last update a run still measures; what takes long then, such as an evaluation, calls
     :func:`leave_if_requested` at moments of its own choice.
 
-    Lightning's own handlers of these signals save, or wait for other ranks, at whatever point the
-    signal found them, and can hang; while training goes on they are replaced. If a run has several
-    of these callbacks, the first does the work.
+    Lightning's own handlers of these signals never get to work, since they can hang. A signal that
+    comes before training counts at its first update; one that comes while a command only validates
+    or measures ends it at once, as there is nothing to save. If a run has several of these
+    callbacks, the first does the work.
 
     Args:
         every_n_updates: student updates between looks.
@@ -53,7 +51,7 @@ class Preemption(Callback):
             )
         self.every_n_updates = every_n_updates
         self._signalled = self._watching = self._updated = False
-        self._handlers: dict[signal.Signals, Any] = {}
+        self._signals = Signals()
         self._group: dist.ProcessGroup | None = None
         self._answer: torch.Tensor | None = None
         self._travelling: dist.Work | None = None
@@ -61,22 +59,31 @@ class Preemption(Callback):
     # ------------------------------------------------------------------ watching
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Turns off Lightning's requeueing, which would answer signals before training starts."""
-        environment = getattr(trainer.strategy, "cluster_environment", None)
-        if isinstance(environment, SLURMEnvironment):
-            environment.auto_requeue = False
+        """Takes over the signals, before Lightning would."""
+        self._signals.refuse_requeueing(trainer)
+        if not self._leads(trainer):
+            return
+        self._signalled = False
+        if stage == "fit":
+            self._signals.answer(trainer, self._note)
+        else:
+            self._signals.end_at_once(trainer)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begins to watch; a collective."""
-        everyone = [c for c in cast(Any, trainer).callbacks if isinstance(c, Preemption)]
-        if everyone[0] is not self:
+        if not self._leads(trainer):
             return
-        self._watching, self._signalled, self._updated = True, False, False
+        self._watching, self._updated = True, False
         if trainer.world_size > 1:
             # A group of its own, so that its messages never mix with those of the training step.
             self._group = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
-        if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+        # Again, in case another version of Lightning has registered its own meanwhile.
+        self._signals.answer(trainer, self._note)
+        self._signals.stop_asking_each_batch(trainer)
+
+    def _leads(self, trainer: pl.Trainer) -> bool:
+        everyone = (c for c in cast(Any, trainer).callbacks if isinstance(c, Preemption))
+        return next(everyone, None) is self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self._signalled = True
@@ -162,11 +169,10 @@ class Preemption(Callback):
         self._close()
 
     def _close(self) -> None:
-        for number, handler in self._handlers.items():
-            signal.signal(number, handler)
+        self._signals.hand_back()
         if self._group is not None:
             dist.destroy_process_group(self._group)
-        self._handlers, self._group, self._watching = {}, None, False
+        self._group, self._watching = None, False
         self._answer = self._travelling = None
 
 

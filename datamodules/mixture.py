@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset
 
 from fewstep.contracts import Batch, Conditions
+from fewstep.errors import require_at_least
 from fewstep.networks import ring
 from fewstep.seeding import torch_generator
 
@@ -50,6 +51,7 @@ class RingData(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        require_at_least(1, batch_size=batch_size)
         self.mixture = ring(num_modes, radius, std)
         self.batch_size = batch_size
         self.reference_samples = reference_samples

@@ -11,10 +11,11 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from datamodules.catalogue import Catalogue
-from datamodules.fields import Field, Random
+from datamodules.fields import Decoded, Field, Random
 from datamodules.index import BLOCK, Record, Shape, names
 from datamodules.sources import Sources
 from datamodules.stream import Plan
@@ -27,12 +28,17 @@ PROMPT = "prompt"
 
 @dataclass(frozen=True)
 class Sample:
-    """One decoded record: the sample, its conditions by name, its key and what to count."""
+    """One decoded record: the sample, its conditions by name, its key and what to count.
+
+    Attributes:
+        told: conditions that follow from how the sample was decoded, by name.
+    """
 
     value: Any
     conditions: dict[str, Any]
     key: str
     notes: list[str]
+    told: dict[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -181,17 +187,17 @@ class Records(Dataset[Batch]):
             random = partial(numpy_generator, self.seed, "augment", epoch, shard, number)
         notes: list[str] = []
 
-        def part(using: Field) -> Any:
+        def part(using: Field) -> Decoded:
             extension = using.extension(record.parts)
             found = using.decode(self.reader.read(record, extension), extension, random)
             if found.note:
                 notes.append(f"{record.name}: {found.note}")
-            return found.value
+            return found
 
         try:
-            conditions = {name: part(using) for name, using in self.conditions.items()}
-            value = None if field is None else part(field)
-            return Sample(value, conditions, self._key(shard, record), notes)
+            conditions = {name: part(using).value for name, using in self.conditions.items()}
+            sample = Decoded(None) if field is None else part(field)
+            return Sample(sample.value, conditions, self._key(shard, record), notes, sample.cond)
         except FewstepError:
             raise  # about the machine or the shard, not about this record
         except Exception as error:
@@ -231,7 +237,7 @@ class Records(Dataset[Batch]):
         conditions = self._conditions(good)
         batch: Batch = {
             "sample": self.sample.collate([item.value for item in good]),
-            "cond": conditions.cond,
+            "cond": {**_stacked([item.told for item in good]), **conditions.cond},
             "key": [item.key for item in good],
         }
         if conditions.prompt is not None:
@@ -253,3 +259,8 @@ class Records(Dataset[Batch]):
             else:
                 cond.update(values if isinstance(values, dict) else {name: values})
         return Conditions(cond, prompt)
+
+
+def _stacked(told: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The records' tensors of each name as one, ``(B, ...)``."""
+    return {name: torch.stack([one[name] for one in told]) for name in told[0]}

@@ -17,9 +17,10 @@ from datamodules.records import Records
 from datamodules.sources import Sources
 from datamodules.spread import spread
 from datamodules.stream import Once, Plan, Position, Remainder, Stream
-from datamodules.workers import Explained, end_when_unsent
+from datamodules.worker_signals import held_back
+from datamodules.workers import Explained, prepare_worker
 from fewstep.contracts import Batch, Conditions
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, require_at_least
 
 
 class Loader(DataLoader[Any]):
@@ -30,7 +31,8 @@ class Loader(DataLoader[Any]):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         """Batches."""
-        return Explained(super().__iter__())
+        with held_back():
+            return Explained(super().__iter__())
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing."""
@@ -95,6 +97,8 @@ class Shards(pl.LightningDataModule):
         seed: int = 0,
     ) -> None:
         super().__init__()
+        require_at_least(1, batch_size=batch_size)
+        require_at_least(0, num_workers=num_workers)
         self.shards = shards
         self.val_shards = val_shards
         self.batch_size = batch_size
@@ -277,7 +281,7 @@ class Shards(pl.LightningDataModule):
             prefetch_factor=self.prefetch_batches if self.num_workers else None,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
-            worker_init_fn=end_when_unsent,
+            worker_init_fn=prepare_worker,
         )
 
     def _bucketed(self) -> bool:

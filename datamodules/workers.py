@@ -14,6 +14,7 @@ from contextlib import suppress
 from multiprocessing.connection import wait
 from typing import Any
 
+from datamodules.worker_signals import leave_signals_to_training
 from fewstep.errors import FewstepError
 
 # The exit status of a loading process that could not hand a batch over for want of shared memory.
@@ -32,14 +33,21 @@ SHARED_MEMORY = "/dev/shm"
 GIB = 2**30
 
 
-def end_when_unsent(number: int) -> None:
-    """Makes a loading process end when a batch cannot be sent, as where /dev/shm is full.
-
-    Python's own queue prints the error and drops the batch; the training process would wait for it
-    for ever. For DataLoader's ``worker_init_fn``.
+def prepare_worker(number: int) -> None:
+    """What a loading process does first; for DataLoader's ``worker_init_fn``.
 
     Args:
         number: of the loading process.
+    """
+    leave_signals_to_training()
+    _end_when_unsent()
+
+
+def _end_when_unsent() -> None:
+    """Makes a loading process end when a batch cannot be sent, as where /dev/shm is full.
+
+    Python's own queue prints the error and drops the batch; the training process would wait for it
+    for ever.
     """
 
     def end(error: Exception, batch: Any) -> None:

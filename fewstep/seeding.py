@@ -7,7 +7,8 @@ undisturbed one would have drawn, and seeding a CUDA generator does not synchron
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -33,6 +34,27 @@ def torch_generator(
 def numpy_generator(seed: int, stream: str, *counters: int) -> np.random.Generator:
     """A NumPy generator, a pure function of its arguments."""
     return np.random.default_rng(derived_seed(seed, stream, *counters))
+
+
+@contextmanager
+def global_generators(
+    seed: int, stream: str, *counters: int, device: torch.device | str = "cpu"
+) -> Iterator[None]:
+    """Makes torch's global generators a pure function of the arguments meanwhile.
+
+    For layers that take no generator, such as dropout. These are the CPU's generator and that of
+    ``device`` where it is CUDA's; both go on afterwards as if nothing had been drawn. Their states
+    are kept on the host, so nothing here waits for the device.
+    """
+    device, number = torch.device(device), derived_seed(seed, stream, *counters)
+    indices: list[int] = []
+    if device.type == "cuda":
+        indices = [torch.cuda.current_device() if device.index is None else device.index]
+    with torch.random.fork_rng(devices=indices):
+        torch.default_generator.manual_seed(number)
+        for index in indices:
+            torch.cuda.default_generators[index].manual_seed(number)
+        yield
 
 
 def normal_like(like: Tensor, generator: Generators) -> Tensor:

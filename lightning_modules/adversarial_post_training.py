@@ -19,10 +19,11 @@ from torch import Tensor
 from torch.optim import RMSprop
 
 from fewstep.contracts import Alarm, Batch
-from fewstep.diffusion import DenoiserLike
+from fewstep.diffusion import Denoiser, DenoiserLike
 from fewstep.diffusion.tables import work_dtype
 from fewstep.errors import FewstepError
 from fewstep.networks.query_discriminator import QueryDiscriminator
+from fewstep.networks.reshaping import for_samples_of
 from fewstep.seeding import Generators
 from lightning_modules.adversarial_game import AdversarialDraws, AdversarialGame
 from lightning_modules.base import FewStepModule, Turn
@@ -50,7 +51,8 @@ class AdversarialPostTraining(FewStepModule):
 
     Args:
         start: what the student starts from: the run of the stage before, of which its average is
-            taken, as ``teacher`` of other methods says.
+            taken, as ``teacher`` of other methods says. It may have been trained on samples of
+            another shape, such as images before videos: the student then makes the teacher's.
         teacher: the diffusion model whose weights the discriminator starts from. Give it anew in
             each stage: the paper starts its video stage's discriminator from it again.
         loss: ``non_saturating`` with the penalty on real samples, as published; or
@@ -127,14 +129,9 @@ class AdversarialPostTraining(FewStepModule):
         self.make_optimizer["discriminator"] = discriminator_optimizer
 
     def build_roles(self) -> None:
-        student, self.provenance["start"] = load_teacher(self.start_source)
-        self.student = student.requires_grad_(True)
+        started, self.provenance["start"] = load_teacher(self.start_source)
         diffusion, self.provenance["teacher"] = load_teacher(self.teacher_source)
-        if diffusion.sample_shape != student.sample_shape:
-            raise FewstepError(
-                f"`start` makes samples {student.sample_shape}, and `teacher` takes "
-                f"{diffusion.sample_shape}; give the diffusion model that `start` came from."
-            )
+        self.student = self._shaped_as(diffusion, started).requires_grad_(True)
         sharded = self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy)
         if self.game.exact and sharded:
             raise FewstepError("FSDP2 cannot differentiate twice; set exact_penalty: false.")
@@ -143,6 +140,13 @@ class AdversarialPostTraining(FewStepModule):
         backbone = diffusion.backbone.requires_grad_(True)
         self.discriminator = QueryDiscriminator(backbone, self.discriminator_blocks, self.wide)
         self.discriminator_schedule = diffusion.schedule
+
+    def _shaped_as(self, diffusion: Denoiser, started: Denoiser) -> Denoiser:
+        """The student for the teacher's samples; a stage on videos starts from one on images."""
+        try:
+            return for_samples_of(started, diffusion)
+        except FewstepError as error:
+            raise FewstepError(f"`start` does not fit `teacher`. {error}") from error
 
     # ------------------------------------------------------------------ the step
 

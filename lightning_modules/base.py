@@ -23,11 +23,11 @@ from torch.optim import AdamW
 
 from fewstep.batches import in_shape_of
 from fewstep.contracts import Batch
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, require_at_least
 from fewstep.networks import ema_update, warmed_up_decay
 from fewstep.networks.gates import ResidualGates
 from fewstep.networks.lora import LoRA
-from fewstep.seeding import torch_generator
+from fewstep.seeding import global_generators, torch_generator
 from lightning_modules.built import BuiltRoles, Trained
 from lightning_modules.conditioning import in_float32
 from lightning_modules.optimisation import (
@@ -71,6 +71,7 @@ class FewStepModule(BuiltRoles):
             Not together with ``lora``.
         gates_lr: their learning rate, as a multiple of the other parameters'; 0 holds
             them where they start. They have no weight decay, as that would pull alpha to 1.
+        gates_hold: student updates in which gates stay where they start while all else is trained.
         train_only: ``gates`` trains the student's gates alone and leaves its other weights as they
             are; the student may also have brought its gates with it.
         pipeline: folder of the diffusers pipeline whose text encoders and VAE encode prompts and
@@ -101,6 +102,7 @@ class FewStepModule(BuiltRoles):
         lora: LoRA | None = None,
         gates: ResidualGates | None = None,
         gates_lr: float = 1.0,
+        gates_hold: int = 0,
         train_only: Trained = "all",
         pipeline: str | None = None,
         encoder_precision: Literal["float32", "bfloat16", "float16"] = "float32",
@@ -121,6 +123,7 @@ class FewStepModule(BuiltRoles):
         self.lora = lora
         self.gates = gates
         self.gates_lr = gates_lr
+        self.gates_hold = gates_hold
         self.train_only = train_only
         self.pipeline = pipeline
         self.encoder_precision = encoder_precision
@@ -136,6 +139,15 @@ class FewStepModule(BuiltRoles):
             raise FewstepError(
                 "`lora` trains adapters beside a frozen network, and gates belong to one that is "
                 "the student's own; leave out `lora`, or both `gates` and `train_only`."
+            )
+        for steps in step_counts or ():
+            require_at_least(1, step_counts=steps)
+        if gates_hold < 0:
+            raise FewstepError(f"gates_hold is a number of updates from 0 on, not {gates_hold}.")
+        if gates_hold > 0 and train_only == "gates":
+            raise FewstepError(
+                f"With train_only: gates nothing at all would be trained in the {gates_hold} "
+                "updates of gates_hold. Leave out one of both."
             )
 
     # ------------------------------------------------------------------ what a method provides
@@ -155,7 +167,16 @@ class FewStepModule(BuiltRoles):
     # ------------------------------------------------------------------ training
 
     def training_step(self, batch: Batch, batch_idx: int) -> None:
-        """One student update, and one of each other trained role."""
+        """One student update, and one of each other trained role.
+
+        What layers draw by themselves, such as the masks of dropout, depends on (seed, update,
+        rank) alone, as all else does that is random: so a resumed run draws it again.
+        """
+        counters = self.student_updates, self.global_rank
+        with global_generators(run_seed(), "layers", *counters, device=self.device):
+            self._train_on(batch)
+
+    def _train_on(self, batch: Batch) -> None:
         batch = self._encoded(batch, "train-latents", self.student_updates)
         draws = self._draws(batch, "train", self.student_updates)
         logs: dict[str, Tensor] = {}

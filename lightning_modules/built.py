@@ -12,7 +12,13 @@ from torch import nn
 from fewstep.diffusion import Denoiser
 from fewstep.errors import FewstepError
 from fewstep.networks.folders import family_of, find_folder
-from fewstep.networks.gates import ResidualGates, apply_gates, gate_parameters, is_gated
+from fewstep.networks.gates import (
+    GateTable,
+    ResidualGates,
+    apply_gates,
+    gate_parameters,
+    is_gated,
+)
 from fewstep.networks.gates.starts import is_asleep
 from fewstep.networks.lora import LoRA, SharedBase, share_base
 from fewstep.seeding import derived_seed
@@ -66,6 +72,15 @@ class BuiltRoles(SteeredRoles):
             return
         if self._trainer is not None:
             check_precision(str(self._trainer.precision))
+        # Lightning calls this with the accelerator as the default device. Strategies move the roles
+        # there later; schedules stay on the host, and what starts at random is the same everywhere.
+        with torch.device("cpu"):
+            self._build()
+        if self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy):
+            self._shard(self._trainer.strategy, str(self._trainer.precision) == "bf16-mixed")
+
+    def _build(self) -> None:
+        """All roles, on the CPU."""
         with torch.random.fork_rng(devices=[]):
             # What starts at random does so alike on all ranks, whatever else was drawn there.
             torch.manual_seed(derived_seed(run_seed(), "roles"))
@@ -80,8 +95,6 @@ class BuiltRoles(SteeredRoles):
                 checkpoint_activations(network)
             if self.compile_blocks:
                 compile_blocks(network)
-        if self._trainer is not None and isinstance(self._trainer.strategy, ShardedStrategy):
-            self._shard(self._trainer.strategy, str(self._trainer.precision) == "bf16-mixed")
 
     def start_student(self, source: Denoiser) -> None:
         """Builds the student from a frozen network: a copy of it, or adapters on it.
@@ -109,12 +122,20 @@ class BuiltRoles(SteeredRoles):
                     f"student was copied from ({copied_from['source']}), and so spoil its trained "
                     "weights. Set gates.init: identity; other starts are for training from scratch."
                 )
-            apply_gates(self.student, self.gates)
+            self._show(apply_gates(self.student, self.gates))
         if self.train_only == "gates":
             self._check_gates_alone()
             self.student.requires_grad_(False)
             for parameter in gate_parameters(self.student):
                 parameter.requires_grad_(True)
+
+    def _show(self, table: GateTable) -> None:
+        """Says once, before training, where gates are: a pattern may match what was not meant."""
+        trainer = self._trainer
+        if trainer is None or trainer.state.fn != "fit" or not trainer.is_global_zero:
+            return
+        if table.rows:
+            print(f"Gates on the student:\n{table.overview}", flush=True)
 
     def _check_gates_alone(self) -> None:
         """Refuses to train gates alone where that would train nothing, or not all that is new."""

@@ -94,13 +94,24 @@ def consistency_chain(
 
 
 def phased_chain(
-    phases: PhaseSchedule, num_steps: int, stochasticity: float, allow_untrained: bool
+    phases: PhaseSchedule,
+    schedule: Schedule,
+    num_steps: int,
+    stochasticity: float,
+    allow_untrained: bool,
 ) -> Chain:
     """The jumps from edge to edge, at the very edges the student was trained on.
 
+    A student of one phase is a consistency model: all its jumps end where trajectories do, so for
+    several steps the sample is noised anew between them. (The released SD3 weights of one phase are
+    sampled so; no share of the predicted noise is kept, whatever ``stochasticity`` says.)
+
     Raises:
-        FewstepError: see :meth:`fewstep.diffusion.PhaseSchedule.sampling_times`.
+        FewstepError: see :meth:`fewstep.diffusion.PhaseSchedule.sampling_times` and, for one phase,
+            :func:`consistency_chain`.
     """
+    if phases.num_phases == 1 and num_steps > 1:
+        return consistency_chain(phases, "jump", schedule, num_steps)
     times = phases.sampling_times(num_steps, allow_untrained)
     return Chain(times, renoise=False, stochasticity=stochasticity if num_steps > 1 else 0.0)
 
@@ -113,7 +124,8 @@ def _consistency(record: Record, schedule: Schedule, num_steps: int) -> Chain:
 def _phased(record: Record, schedule: Schedule, num_steps: int) -> Chain:
     phases, sampling = PhaseSchedule.from_config(record["phases"]), record.get("sampling", {})
     untrained = sampling.get("allow_untrained_steps", False)
-    return phased_chain(phases, num_steps, sampling.get("stochasticity", 0.0), untrained)
+    stochasticity = sampling.get("stochasticity", 0.0)
+    return phased_chain(phases, schedule, num_steps, stochasticity, untrained)
 
 
 def _ode(record: Record, schedule: Schedule, num_steps: int) -> Chain:

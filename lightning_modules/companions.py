@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fewstep.diffusion.denoiser import Backbone
 from fewstep.errors import FewstepError
+from fewstep.networks.folders import family_of
 from fewstep.networks.latents import LatentCodec
 from fewstep.networks.text import TextEncoding
 from lightning_modules.conditioning import in_float32
@@ -27,7 +28,7 @@ class Companions:
     Args:
         folder: of the pipeline.
         dtype: in which precision text encoders and VAE compute.
-        offload: whether text encoders go back to the CPU after each use.
+        offload: whether text encoders leave the GPU after each use; the CPU keeps them throughout.
         tiling, slicing: see :class:`~fewstep.networks.latents.LatentCodec`.
     """
 
@@ -48,7 +49,12 @@ class Companions:
     @cached_property
     def text(self) -> TextEncoding:
         """The text encoders."""
-        return TextEncoding(self.folder, dtype=self.dtype)
+        return TextEncoding(self.folder, dtype=self.dtype, kept=self.offload)
+
+    @cached_property
+    def reads_text(self) -> bool:
+        """Whether the denoiser takes text; where it takes none, captions are for a guide."""
+        return family_of(self.folder).encode is not None
 
     @cached_property
     def codec(self) -> LatentCodec:
@@ -68,7 +74,8 @@ class Companions:
     def with_prompts(self, cond: Cond, prompts: list[str] | None, backbone: Backbone) -> Cond:
         """Conditions with the prompts' embeddings; no encoder runs where the data had them."""
         known = backbone.config.get("null", {})
-        if prompts is None or (known and all(name in cond for name in known)):
+        complete = known and all(name in cond for name in known)
+        if prompts is None or complete or not self.reads_text:
             return cond
         device = next(backbone.parameters()).device
         return {**self.conditions(prompts, device), **cond}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -58,6 +58,13 @@ class MotionDraws(ConsistencyDraws):
     mix: Tensor
 
 
+def published_adamw(
+    parameters: Iterable[Any], lr: float = 1e-4, weight_decay: float = 0.0
+) -> AdamW:
+    """The discriminator's optimiser of MCM."""
+    return AdamW(parameters, lr=lr, weight_decay=weight_decay)
+
+
 class MotionConsistencyDistillation(ConsistencyDistillation):
     """MCM: disentangled motion distillation, frame adversary, mixed trajectories.
 
@@ -69,8 +76,8 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
             published. Fast ones let it collapse.
         motion_ema_decay: decay of that average (released code: 0.95).
         adversary: judges frames; null leaves their looks to the teacher's videos.
-        discriminator_optimizer: makes the discriminator's optimiser (published: AdamW, 1e-4 at a
-            batch of 128 videos).
+        discriminator_optimizer: makes the discriminator's optimiser; by default as published for
+            a batch of 128 videos, :func:`published_adamw`.
         generated_share: chance of a trajectory to start from a sample that the student makes of
             pure noise in one step, instead of a video (published: 0.5). With generated ones alone,
             1, MCM's authors saw artefacts at every number of steps.
@@ -88,7 +95,7 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         motion_optimizer: OptimizerCallable | None = None,
         motion_ema_decay: float = 0.95,
         adversary: FrameAdversary | None = None,
-        discriminator_optimizer: OptimizerCallable = AdamW,
+        discriminator_optimizer: OptimizerCallable = published_adamw,
         generated_share: float = 0.5,
         **base: Any,
     ) -> None:
@@ -171,7 +178,9 @@ class MotionConsistencyDistillation(ConsistencyDistillation):
         chosen = batch["generated"]
         rows = [row for row, generated in enumerate(chosen) if generated]
         if not rows:
-            if not (self.generated_share and is_sharded(self._parameters_of("student"))):
+            # The backbone's weights, as a student of adapters does not own those that are sharded.
+            weights = list(self.student.backbone.parameters())
+            if not (self.generated_share and is_sharded(weights)):
                 return batch["sample"]
             rows = [0]  # ranks gather a sharded student together, so none may leave it out
         cond = drop_cond(self.student.backbone, batch["cond"], draws.dropped)

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import torch
+import torch.distributed as dist
 from lightning.pytorch.cli import OptimizerCallable
 from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from torch.optim.lr_scheduler import LambdaLR
 
+from lightning_modules.copies import crossing, units_within
 from lightning_modules.finite import neutralise, skip_unless
 from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
-from lightning_modules.groups import grouped
+from lightning_modules.groups import grouped, held
 from lightning_modules.optimisation import learning_rate_factor
 
 
@@ -30,9 +34,11 @@ class OptimisedRoles(pl.LightningModule):
 
     Attributes:
         gates_lr: learning rate of residual gates, as a multiple of the other parameters'.
+        gates_hold: updates in which they stay where they start, before that rate.
     """
 
     gates_lr: float = 1.0
+    gates_hold: int = 0
 
     def __init__(
         self,
@@ -48,6 +54,7 @@ class OptimisedRoles(pl.LightningModule):
         self.lr_decay = lr_decay
         self.gradient_clip = gradient_clip
         self._averagers: dict[str, GradientAverager | None] = {}
+        self._units: dict[str, list[FSDPModule]] = {}
 
     @property
     def trained_roles(self) -> tuple[str, ...]:
@@ -63,13 +70,23 @@ class OptimisedRoles(pl.LightningModule):
         for averager in averagers:
             averager.arm()
         if is_sharded(own) or is_sharded(others):
-            with kept_out(others):
+            with kept_out(others), self._crossing(roles, last):
                 self.manual_backward(loss)
         else:
             # `inputs` keeps gradient out of every other role without toggling requires_grad.
             self.manual_backward(loss, inputs=own)
         for averager in averagers:
             averager.finish()
+
+    def _crossing(self, roles: Sequence[str], last: bool) -> AbstractContextManager[None]:
+        """A pass whose gradients cross between hybrid sharding's copies in its update's last."""
+        if getattr(self.trainer.strategy, "replicas", 1) == 1:
+            return nullcontext()
+        if not self._units:
+            self._units = {role: units_within(getattr(self, role)) for role in self.trained_roles}
+        own = [unit for role in roles for unit in self._units[role]]
+        rest = (units for role, units in self._units.items() if role not in roles)
+        return crossing(own, [unit for units in rest for unit in units], last)
 
     def _averager(self, role: str) -> GradientAverager | None:
         """Averages what FSDP2 does not: replicated parameters, where there are several ranks."""
@@ -83,8 +100,10 @@ class OptimisedRoles(pl.LightningModule):
     def _mean_over_ranks(self, logs: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.trainer.world_size == 1:
             return logs
-        values = self.trainer.strategy.reduce(torch.stack(list(logs.values())), reduce_op="mean")
-        return dict(zip(logs, cast(Tensor, values).unbind(), strict=True))
+        # Not by the strategy's reduce, which has a barrier first: all would wait for their devices.
+        values = torch.stack(list(logs.values()))
+        dist.all_reduce(values)
+        return dict(zip(logs, (values / self.trainer.world_size).unbind(), strict=True))
 
     def _step(self, role: str, optimizer: LightningOptimizer) -> Tensor:
         """Clips and steps one role; returns its gradient norm before clipping."""
@@ -93,11 +112,9 @@ class OptimisedRoles(pl.LightningModule):
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()
-        # A NaN must not reach weights and averages before the host has looked at the losses; with
-        # fp16 it is the scaler that skips the step, and it must see why.
-        if getattr(self.trainer.precision_plugin, "scaler", None) is None:
-            finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
-            skip_unless(finite, optimizer.optimizer)
+        # A NaN must not reach weights and averages before the host has looked at the losses.
+        finite = neutralise([p.grad for p in parameters if p.grad is not None], norm)
+        skip_unless(finite, optimizer.optimizer)
         if role == "student":
             optimizer.step()
         else:
@@ -118,7 +135,11 @@ class OptimisedRoles(pl.LightningModule):
             grouped(self.make_optimizer[role], getattr(self, role), self.gates_lr)
             for role in self.trained_roles
         ]
-        return optimizers, [LambdaLR(optimizer, factor) for optimizer in optimizers]
+        factors = [
+            held(optimizer, getattr(self, role), factor, self.gates_hold)
+            for optimizer, role in zip(optimizers, self.trained_roles, strict=True)
+        ]
+        return optimizers, list(map(LambdaLR, optimizers, factors))
 
     def _parameters_of(self, role: str) -> list[torch.nn.Parameter]:
         return [p for p in getattr(self, role).parameters() if p.requires_grad]

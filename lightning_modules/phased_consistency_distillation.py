@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +40,16 @@ class PhasedDraws(ConsistencyDraws):
     real_noise: Tensor
 
 
+def released_adamw(
+    parameters: Iterable[Any],
+    lr: float = 1e-5,
+    betas: tuple[float, float] = (0.0, 0.999),
+    weight_decay: float = 1e-3,
+) -> AdamW:
+    """The discriminator's optimiser of PCM's released scripts: AdamW without a first moment."""
+    return AdamW(parameters, lr=lr, betas=betas, weight_decay=weight_decay)
+
+
 class PhasedConsistencyDistillation(ConsistencyDistillation):
     """PCM: self-consistency within each of ``M`` phases, chained deterministically.
 
@@ -48,19 +58,21 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
 
     Args:
         teacher: a checkpoint, run or experiment folder, or a factory of a denoiser.
-        num_phases: phases ``M``, which is also the number of sampling steps served.
+        num_phases: phases ``M``, which is also the number of sampling steps served. One phase is a
+            consistency model, which serves more steps too: re-noised between them.
         num_grid_points: solver grid points ``N``. 40 for VP (released code: 50, 40 and 100), so
             that edges of 4 and 8 phases are those of evenly spaced schedulers.
         adversarial_weight: weight of the adversarial consistency term (the paper: 0.1); 0 is off.
-        discriminator_optimizer: makes the discriminator's optimiser (released: AdamW, 1e-5,
-            betas 0 and 0.999, weight decay 1e-3).
+        discriminator_optimizer: makes the discriminator's optimiser; by default as released,
+            :func:`released_adamw`.
         discriminator_blocks: blocks of the teacher it looks at; all by default.
         heads_per_block, head_width, head_kernel: size of its heads.
         edge_share: share of samples drawn at the phases' upper edges, the only times a sampler
             visits; the rest is uniform over the grid, as all is in the released code.
         alpha_floor: PCM's clip of alpha in the student's jump (0.5 in the appendix), for epsilon
             networks with one or two phases; 0 is off.
-        stochasticity: ``1 - r`` of eq. 44 when sampling; 0 is deterministic.
+        stochasticity: ``1 - r`` of eq. 44 when sampling; 0 is deterministic. Without effect on one
+            phase.
         allow_untrained_steps: permit sampling in fewer steps than phases.
         base: options of :class:`ConsistencyDistillation` and of
             :class:`~lightning_modules.base.FewStepModule`.
@@ -72,7 +84,7 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         num_phases: int = 4,
         num_grid_points: int = 40,
         adversarial_weight: float = 0.0,
-        discriminator_optimizer: OptimizerCallable = AdamW,
+        discriminator_optimizer: OptimizerCallable = released_adamw,
         discriminator_blocks: list[str] | None = None,
         heads_per_block: int = 1,
         head_width: int = 64,
@@ -197,9 +209,14 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         num_steps: int,
         generator: Generators,
     ) -> Tensor:
-        """Chains the jumps from edge to edge, at the very edges the student was trained on."""
+        """Chains the jumps from edge to edge, at the very edges the student was trained on.
+
+        With one phase and several steps, by consistency sampling: see
+        :func:`~lightning_modules.chains.phased_chain`.
+        """
         untrained = self.allow_untrained_steps
-        chain = phased_chain(self.phases, num_steps, self.stochasticity, untrained)
+        share = self.stochasticity
+        chain = phased_chain(self.phases, self.schedule, num_steps, share, untrained)
         return chain.sample(denoiser, noise, cond, generator)
 
     def method_metadata(self) -> dict[str, Any]:
@@ -210,7 +227,7 @@ class PhasedConsistencyDistillation(ConsistencyDistillation):
         return metadata
 
     def step_counts(self, role: str | None = None) -> list[int]:
-        """As many steps as phases."""
+        """As many steps as phases, unless ``step_counts`` says more (for one phase)."""
         return self.measured_steps or [self.num_phases]
 
     def evaluations(self) -> dict[str, Evaluations]:

@@ -15,15 +15,24 @@ from fewstep.networks.gates.jacobian import carries_tangent
 from fewstep.networks.lora import pinned
 
 RECOMPILATIONS = 64  # of the code that blocks of one class share, in all roles together
-FULL_PRECISION = ("64-true", "32-true", "16-mixed", "bf16-mixed")
+FULL_PRECISION = ("64-true", "32-true", "bf16-mixed")
 
 
 def check_precision(precision: str) -> None:
     """Refuses precisions in which weights, averages and optimisers would not be float32.
 
+    Float16 with float32 weights too: its loss scale, which several optimisers would share, is in
+    the gradients when they are clipped.
+
     Raises:
         FewstepError: for such a precision.
     """
+    if precision == "16-mixed":
+        raise FewstepError(
+            "trainer.precision is 16-mixed, whose gradients are multiplied by a loss scale, which "
+            "clipping and several optimisers do not go together with here. Use bf16-mixed, or "
+            "32-true on devices without bfloat16."
+        )
     if precision not in FULL_PRECISION:
         raise FewstepError(
             f"trainer.precision is {precision}, which keeps weights, their average and the "

@@ -15,6 +15,7 @@ from fewstep.errors import FewstepError
 from fewstep.networks import load_denoiser
 from fewstep.networks.loading import is_checkpoint, on_its_own
 from fewstep.networks.pipelines import LoadedPipeline, load_denoiser_of, read_null
+from fewstep.together import in_turn, same_everywhere
 
 
 class Pretrained:
@@ -107,26 +108,43 @@ def is_pipeline(source: str) -> bool:
 
 
 def load_teacher(source: TeacherSource, role: str = "ema") -> tuple[Denoiser, dict[str, str]]:
-    """Builds a frozen teacher and says where it came from.
+    """Builds a frozen teacher and says where it came from; a collective.
+
+    All ranks of a run build their roles together, so one of each machine may hash the files and
+    encode the empty prompt for the others (:func:`~fewstep.together.in_turn`).
 
     Args:
         source: a checkpoint, a run's or an experiment's folder, a diffusers pipeline's folder or
             name, or a factory of a denoiser.
         role: whose weights of a checkpoint.
+
+    Raises:
+        FewstepError: on all ranks, if it cannot be read on one, or is not the same on all machines.
     """
-    if isinstance(source, str) and is_pipeline(source):
-        source = Pretrained(source)
-    if isinstance(source, Pretrained):
-        pipeline = source.load()
-        origin = {"source": pipeline.source, "sha256": pipeline.sha256, "weights": "pipeline"}
-        if source.empty is not None:
-            origin["empty"] = source.empty
-        if source.negative_prompt is not None:
-            origin["negative_prompt"] = source.negative_prompt
-        return pipeline.denoiser, {**origin, "pipeline": str(pipeline.folder)}
     if callable(source):
         teacher = copy.deepcopy(source())
         return teacher.requires_grad_(False).eval(), {"source": type(teacher.backbone).__name__}
+    if isinstance(source, str) and is_pipeline(source):
+        source = Pretrained(source)
+    named = source
+    denoiser, origin = in_turn(
+        lambda: _from_pipeline(named) if isinstance(named, Pretrained) else _trained(named, role)
+    )
+    same_everywhere(origin["sha256"], f"'{origin['source']}'")
+    return denoiser, origin
+
+
+def _from_pipeline(source: Pretrained) -> tuple[Denoiser, dict[str, str]]:
+    pipeline = source.load()
+    origin = {"source": pipeline.source, "sha256": pipeline.sha256, "weights": "pipeline"}
+    if source.empty is not None:
+        origin["empty"] = source.empty
+    if source.negative_prompt is not None:
+        origin["negative_prompt"] = source.negative_prompt
+    return pipeline.denoiser, {**origin, "pipeline": str(pipeline.folder)}
+
+
+def _trained(source: str, role: str) -> tuple[Denoiser, dict[str, str]]:
     loaded = load_denoiser(source, role)
     provenance = {"source": loaded.source, "sha256": loaded.sha256, "weights": loaded.role}
     if loaded.pipeline is not None:

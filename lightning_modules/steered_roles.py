@@ -18,7 +18,8 @@ from fewstep.seeding import Generators
 from lightning_modules.chains import CHAINS, PLAIN_ODE, Record, chain_of
 from lightning_modules.conditioning import in_float32
 from lightning_modules.recorded import RecordedRoles
-from lightning_modules.steering import TABLE, Steered, Steering, write_table
+from lightning_modules.steered import TABLE, Steered, write_table
+from lightning_modules.steering import Steering
 
 
 def null_of(backbone: Backbone, cond: dict[str, Tensor]) -> dict[str, Tensor]:

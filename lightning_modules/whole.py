@@ -17,22 +17,29 @@ from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
+from fewstep.networks.damaged import damaged, reading
 from fewstep.networks.loading import read_checkpoint
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder
+
+NEEDED = {"state_dict", "pytorch-lightning_version"}  # of any checkpoint that Lightning restores
 
 
 def read_whole(path: Path) -> dict[str, Any]:
     """A sharded checkpoint as a single process would have written it.
 
     Optimiser states are named by parameter in the shards, and numbered here.
+
+    Raises:
+        FewstepError: if it is damaged.
     """
     state: dict[str, Any] = {}
-    _load_state_dict(
-        state,
-        storage_reader=FileSystemReader(path),
-        planner=_EmptyStateDictLoadPlanner(),
-        no_dist=True,
-    )
+    with reading(path):
+        _load_state_dict(
+            state,
+            storage_reader=FileSystemReader(path),
+            planner=_EmptyStateDictLoadPlanner(),
+            no_dist=True,
+        )
     names = sorted(name for name in state if name.startswith("optimizer_"))
     return {
         **read_remainder(path),
@@ -111,7 +118,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
             os.fsync(file.fileno())
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Reads either kind."""
+        """Reads either kind.
+
+        Raises:
+            FewstepError: if it is no checkpoint, or damaged.
+        """
         if is_sharded_checkpoint(Path(path)):
             return read_whole(Path(path))
-        return super().load_checkpoint(path, *args, **kwargs)
+        with reading(path):
+            found = super().load_checkpoint(path, *args, **kwargs)
+        if not isinstance(found, dict) or not found.keys() >= NEEDED:
+            raise damaged(path)
+        return found

@@ -10,13 +10,12 @@ import logging
 import os
 import re
 import warnings
-from collections.abc import Mapping
+from contextlib import nullcontext
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
 import lightning.pytorch as pl
-import torch
 import yaml
 from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -30,14 +29,15 @@ from lightning_modules.parallel import ShardedStrategy
 from lightning_modules.whole import WholeCheckpointIO
 from scripts.config_errors import explain, reasons_within
 from scripts.experiments import expand_arguments, expand_steering
-from scripts.failures import earlier
+from scripts.failures import earlier, in_one_line
 from scripts.launcher import watch_ranks
 from scripts.loggers import MetricsCSV
-from scripts.plan import Strategy
 from scripts.report.data import flatten
-from scripts.runs import place
+from scripts.runs import place, refuse_disagreement
 from scripts.tensorboard import TensorBoard
 from scripts.trainer import FewstepTrainer
+from scripts.trainer_options import HERE, asked_for, check_devices, check_options
+from scripts.unbegun import discarded_unless_begun
 
 QUIET = (
     r".*isinstance\(treespec.*",
@@ -52,17 +52,13 @@ QUIET = (
     r".*lr_scheduler.step\(\).*",
 )
 
+# Where Lightning's own words speak of what is not done here.
+CHECKPOINT_HELP = {
+    "fit": "'last' goes on with the newest run; or a checkpoint file or a run's folder.",
+    "validate": "Checkpoint file or run folder; the experiment's newest by default.",
+}
 LOGGER_PACKAGES = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow"}
 RUN_VERSION = "FEWSTEP_RUN_VERSION"
-
-# What a trainer is made with that only plans.
-HERE: dict[str, Any] = {
-    "accelerator": "cpu",
-    "devices": 1,
-    "num_nodes": 1,
-    "strategy": "auto",
-    "logger": False,
-}
 
 
 def quieten() -> None:
@@ -165,8 +161,22 @@ class FewstepCLI(LightningCLI):
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parses, without LightningCLI's warning about arguments given from Python."""
+        """Parses, without LightningCLI's warning about arguments given from Python.
+
+        Raises:
+            FewstepError: for what is wrong in the configuration.
+        """
         self.config = parser.parse_args(args)
+        check_options(self.config[self.config.subcommand])
+
+    def _prepare_subcommand_parser(
+        self, klass: type, subcommand: str, **kwargs: Any
+    ) -> LightningArgumentParser:
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        for action in parser._actions:
+            if action.dest == "ckpt_path":
+                action.help = CHECKPOINT_HELP.get(subcommand, action.help)
+        return parser
 
     def _parse_ckpt_path(self) -> None:
         """Checkpoints do not change the configuration."""
@@ -176,8 +186,12 @@ class FewstepCLI(LightningCLI):
 
         Raises:
             FewstepError: in its own words what a class refused, which a parser that tried it as one
-                of several types buries among what was wrong with the others.
+                of several types buries among what was wrong with the others; or if nodes might
+                train in different folders.
         """
+        config = self.config[self.subcommand]
+        if self.subcommand == "fit" and not (config.run.version or _version_of_first_rank()):
+            refuse_disagreement(self.run_dir, int(config.trainer.num_nodes))
         try:
             super().instantiate_classes()
         except ValueError as error:
@@ -230,14 +244,23 @@ class FewstepCLI(LightningCLI):
             extra = trainer.get("logger")
             if extra not in (None, True):
                 loggers += extra if isinstance(extra, list) else [extra]
-        made = super().instantiate_trainer(
-            logger=loggers, default_root_dir=str(self.run_dir), **kwargs
-        )
+        check_devices(trainer)
+        try:
+            made = super().instantiate_trainer(
+                logger=loggers, default_root_dir=str(self.run_dir), **kwargs
+            )
+        except ValueError as error:
+            raise FewstepError(f"The trainer cannot be made so: {in_one_line(error)}") from error
         if not isinstance(made.strategy, ShardedStrategy):
             made.strategy.checkpoint_io = WholeCheckpointIO()  # reads those of sharded runs too
         watch_ranks(made.strategy)
         made.run_name = self.config[self.subcommand].run.name  # type: ignore[attr-defined]
         return made
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        run = discarded_unless_begun(self.trainer, self.run_dir)
+        with run if subcommand == "fit" else nullcontext():
+            super()._run_subcommand(subcommand)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         arguments = super()._prepare_subcommand_kwargs(subcommand)
@@ -246,26 +269,6 @@ class FewstepCLI(LightningCLI):
         if subcommand in ("fit", "validate"):
             arguments["weights_only"] = True
         return arguments
-
-
-def asked_for(trainer: Mapping[str, Any]) -> tuple[int, Strategy, int]:
-    """How many devices a trainer's configuration asks for, and how roles live on them.
-
-    The third is into how many groups, each with a copy of the sharded roles.
-    """
-    devices, nodes = trainer.get("devices", "auto"), int(trainer.get("num_nodes") or 1)
-    if isinstance(devices, str) and "," in devices:
-        devices = devices.strip("[]").split(",")
-    if isinstance(devices, list):
-        count = len(devices)
-    elif str(devices) in ("auto", "-1"):
-        count = max(1, torch.cuda.device_count())
-    else:
-        count = int(devices)
-    strategy = trainer.get("strategy")
-    if isinstance(strategy, ShardedStrategy):
-        return count * nodes, "fsdp2", strategy.replicas
-    return count * nodes, "fsdp2" if strategy == "fsdp2" else "ddp", 1
 
 
 def _version_of_first_rank() -> str | None:

@@ -19,6 +19,10 @@ _REASON = re.compile(
 )
 # What a parser says of each type it tried in vain.
 _OTHER_TYPE = re.compile(r"- (?:Expected a |Does not validate against|Import path \S+ does not)")
+# A plain type, and what was given instead of it, there or in a later line.
+_PLAIN = re.compile(r"Expected a (?:<class '(int|float|bool)'>|typing\.Literal\[(.*?)\](?=\.|$))")
+_GIVEN = re.compile(r"(?:Got|Given) value: (.*?)(?:\. Got value: .*)?$", re.M)
+_MEANT = {"int": "a whole number", "float": "a number", "bool": "true or false"}
 _WHERE = re.compile(r"Parser key \"([\w.\[\]]+)\"")
 
 
@@ -42,8 +46,18 @@ def explain(message: str) -> str:
     if reasons and places:
         # The innermost: those around it say that the value is none of another type's.
         _, reason = max(reasons, key=lambda found: len(found[0]))
-        return f"The configuration's '{places}' is wrong: {reason}"
+        return f"The configuration's '{places}' {_in_words(reason, message)}"
     return message.strip().split("\n  Given value")[0]
+
+
+def _in_words(reason: str, message: str) -> str:
+    """What is wrong with a value, without the names that Python has for types."""
+    plain = _PLAIN.search(reason)
+    if plain is None:
+        return f"is wrong: {reason}"
+    meant = _MEANT[plain[1]] if plain[1] else f"one of {plain[2]}".replace("'", "")
+    given = _GIVEN.search(message, message.index(reason))
+    return f"must be {meant}" + (f", not '{given[1]}'." if given else ".")
 
 
 def reasons_within(message: str) -> str:

@@ -16,6 +16,7 @@ from scripts.contact_sheet import contact_sheet, newest_picture
 from scripts.experiments import find_experiment, with_defaults
 from scripts.report import build_report
 from scripts.suite.summary import summary
+from scripts.trainer_options import check_seeds
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,7 @@ def main(arguments: list[str]) -> None:
         "--seeds", type=int, nargs="+", default=[0], help="training seeds; each repeats all runs"
     )
     options = parser.parse_args(arguments)
+    check_seeds("--seeds", options.seeds)
     demo = DEMOS[options.name]
     run_demo(demo, options.dir or Path(demo.folder), options.seeds)
 

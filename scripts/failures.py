@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+
 from callbacks.disk import full_disk, full_reason
 from datamodules.workers import explained as dead_worker
 from fewstep.errors import FewstepError
@@ -13,7 +15,9 @@ from scripts.lost_ranks import LostRankError, is_lost_rank, lost_message
 
 
 def explained(error: BaseException) -> FewstepError | None:
-    """The clear message for a dead data worker, a full disk or a lost rank; None for all else.
+    """The clear message for a dead data worker, a full disk, a lost rank or what Lightning refuses.
+
+    None for all else.
 
     Such errors can surface at any line: the system tells of a dead child at once, and loggers write
     in threads of their own. What was already explained before it failed on its way out, as when the
@@ -42,4 +46,11 @@ def _explained(error: BaseException) -> FewstepError | None:
     if is_lost_rank(error):
         met = f"this rank learnt of it by: {str(error).strip().splitlines()[0]}"
         return LostRankError(lost_message(met, failed_children()))
+    if isinstance(error, MisconfigurationException):
+        return FewstepError(f"Lightning refuses this: {in_one_line(error)}")
     return None
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says, its first paragraph."""
+    return " ".join(str(error).strip().split("\n\n", maxsplit=1)[0].split())

@@ -11,7 +11,7 @@ usage: fewstep COMMAND [options]
 
 Turns slow diffusion models into few-step ones, and measures how good they are.
 
-commands that take an experiment (-c digits/pcm, or any YAML file; every key can be overridden,
+commands that take an experiment (-c digits/pcm_4, or any YAML file; every key can be overridden,
 such as --trainer.max_steps 2000; --print_config shows all of them):
   fit        train it
   validate   losses on held-out data, and its metrics
@@ -26,7 +26,7 @@ other commands:
   report     one self-contained HTML page from any set of run folders
   guidance   search: tunes training-free guidance, with equal effort for every method
   export     a student as a plain diffusers pipeline, with the scheduler that fits its training
-  gates      learnable gates on residual branches: apply, merge, report, sensitivity
+  gates      learnable gates on residual branches: apply, merge, report, sensitivity, grow, prune
   shards     make, index, encode and check the shards that training data streams from
   demo       a teacher, its few-step students and their report, on this machine
 
@@ -35,6 +35,12 @@ A message that begins with "error:" says what to mend; FEWSTEP_TRACEBACK=1 shows
 """
 
 EXPERIMENT_COMMANDS = ("fit", "validate", "evaluate", "sample", "plan")
+
+# What to say of a command that was interrupted; the others begin anew.
+GOES_ON = {
+    "fit": " The same command with --ckpt_path last goes on.",
+    **dict.fromkeys(("demo", "suite", "guidance"), " The same command goes on."),
+}
 
 
 def run(arguments: list[str]) -> None:
@@ -101,7 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
         run(arguments)
         failed = False
     except KeyboardInterrupt:
-        print("\nStopped. The same command with --ckpt_path last goes on.", file=sys.stderr)
+        print(f"\nStopped.{GOES_ON.get(arguments[0], '')}", file=sys.stderr)
         return 130
     except Exception as error:
         return _tell(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fewstep.errors import FewstepError
@@ -28,6 +29,35 @@ def place_new_run(experiment: Path) -> Path:
     found = versions(experiment)
     last = int(found[-1].name.removeprefix("version_")) if found else -1
     return experiment / f"version_{last + 1}"
+
+
+def refuse_disagreement(run: Path, num_nodes: int) -> None:
+    """Refuses a new run's folder that each node, or each rank, has chosen for itself.
+
+    The first to make its folder would have the others choose the next. Ranks that Lightning starts
+    on one machine are told the folder.
+
+    Args:
+        run: the folder that this process has chosen.
+        num_nodes: how many nodes the run is for.
+
+    Raises:
+        FewstepError: unless the folder is there, or this process is the only one to choose.
+    """
+    ranks = _started_by_others()
+    if run.exists() or (num_nodes == 1 and ranks == 1):
+        return
+    several = f"{num_nodes} nodes" if num_nodes > 1 else f"{ranks} ranks, started from outside,"
+    raise FewstepError(
+        f"A new run on {several} needs a folder that all agree on: give each of them the same "
+        f"--run.version, such as --run.version {run.name} here. `fewstep submit` does so itself."
+    )
+
+
+def _started_by_others() -> int:
+    """How many ranks torchrun or srun has started; 1 where neither did."""
+    torchrun = os.environ.get("WORLD_SIZE") if "TORCHELASTIC_RUN_ID" in os.environ else None
+    return int(torchrun or os.environ.get("SLURM_STEP_NUM_TASKS") or 1)
 
 
 def place(

@@ -79,6 +79,8 @@ class FewstepTrainer(pl.Trainer):
                 1.0 if guidance is None else guidance,
                 num_samples,
             )
+            if (note := done.note(callback.num_samples)) is not None:
+                say(self, note)
             callback.num_samples, callback.roles = done.num_finished, [done.role]
             callback.num_steps, method = done.steps, done
         elif pipeline is not None:
@@ -135,6 +137,7 @@ class FewstepTrainer(pl.Trainer):
         devices: int | None = None,
         strategy: Strategy | None = None,
         replicas: int | None = None,
+        devices_per_node: int = 8,
         json: str | None = None,
         ckpt_path: str | None = None,
     ) -> None:
@@ -146,6 +149,7 @@ class FewstepTrainer(pl.Trainer):
                 by default.
             replicas: With fsdp2, copies of the sharded roles, among which the devices are divided;
                 the experiment's by default.
+            devices_per_node: How many of the devices, at most, are in one machine.
             json: File to write the plan to as well.
             ckpt_path: Of no effect on costs; taken so that a run's own config.yaml can be planned.
         """
@@ -159,6 +163,7 @@ class FewstepTrainer(pl.Trainer):
             strategy or asked_strategy,
             str(self.precision),
             replicas or asked_replicas,
+            devices_per_node,
         )
         print(format_plan(found))
         if json is not None:

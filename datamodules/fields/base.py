@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
+from torch import Tensor
 
 from datamodules.index import Shape, ShardIndex
 
@@ -19,10 +20,17 @@ Random = Callable[[], np.random.Generator]
 
 @dataclass(frozen=True)
 class Decoded:
-    """A decoded value, and what should be counted about it (such as a clip that was too short)."""
+    """A decoded value and what there is to say about it.
+
+    Attributes:
+        note: what should be counted about it, such as a clip that was too short.
+        cond: conditions that follow from how it was decoded, each a tensor without the batch's
+            dimension. Of a sample alone they join the batch's ``cond``.
+    """
 
     value: Any
     note: str | None = None
+    cond: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Field(ABC):

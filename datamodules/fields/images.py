@@ -6,7 +6,7 @@ import io
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +19,14 @@ from datamodules.index import Read, Shape, ShardIndex
 
 FORMATS = ("PNG", "JPEG", "WEBP")
 EXTENSIONS = ("jpg", "jpeg", "png", "webp")
+
+
+class _Cut(NamedTuple):
+    """What of an image is taken: its left and top edge, and how many of its pixels make one."""
+
+    left: float = 0.0
+    top: float = 0.0
+    scale: float = 1.0
 
 
 class Images(Field):
@@ -35,6 +43,10 @@ class Images(Field):
             are nearest in aspect to the same one; a mixed batch takes the most frequent.
         as_video: whether to give a video of one frame, ``(C, 1, H, W)``.
         max_pixels: larger images are refused before they are decoded.
+        time_ids: whether batches tell networks such as SDXL's what each image is cut from, as the
+            condition ``time_ids (B, 6)``, see :func:`time_ids`. Samples are then still asked for
+            as whole images, as networks take it to be where nothing is said. For random crops,
+            which a network that is not told of them learns to make.
         keys: see :class:`Field`.
     """
 
@@ -48,6 +60,7 @@ class Images(Field):
         buckets: list[tuple[int, int]] | None = None,
         as_video: bool = False,
         max_pixels: int = 64 * 2**20,
+        time_ids: bool = False,
         keys: Sequence[str] = EXTENSIONS,
     ) -> None:
         super().__init__(keys)
@@ -59,6 +72,7 @@ class Images(Field):
         self.sizes = [(int(h), int(w)) for h, w in buckets] if buckets else None
         self.as_video = as_video
         self.max_pixels = max_pixels
+        self._time_ids = time_ids  # private, as no result's pixels depend on it
 
     # ------------------------------------------------------------------ buckets
 
@@ -94,32 +108,52 @@ class Images(Field):
         image = image.convert("L" if self.channels == 1 else "RGB")
         draws = self.crop == "random" or self.flip
         generator = random() if random is not None and draws else None
-        if self.size is not None and (image.height, image.width) != self.size:
-            image = self._fit(image, self.size, generator)
+        original, cut = (image.height, image.width), _Cut()
+        size = self.size or original
+        if size != original:
+            cut = self._cut(original, size, generator)
+            image = _taken(image, size, cut)
         pixels = np.array(image)
-        if generator is not None and self.flip and generator.random() < 0.5:
+        mirrored = generator is not None and self.flip and bool(generator.random() < 0.5)
+        if mirrored:
             pixels = pixels[:, ::-1]
         pixels = pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
         result = torch.from_numpy(np.ascontiguousarray(pixels))
-        return Decoded(result[:, None] if self.as_video else result)
+        told = {"time_ids": time_ids(original, size, cut, mirrored)} if self._time_ids else {}
+        return Decoded(result[:, None] if self.as_video else result, cond=told)
 
-    def _fit(
-        self, image: Image.Image, size: Shape, generator: np.random.Generator | None
-    ) -> Image.Image:
-        """Crops to the size's aspect and resizes, at once and without rounding the crop."""
-        height, width = size
-        scale = min(image.height / height, image.width / width)
+    def _cut(self, original: Shape, size: Shape, generator: np.random.Generator | None) -> _Cut:
+        """A part of the size's aspect, at the centre or wherever the generator says."""
+        scale = min(original[0] / size[0], original[1] / size[1])
         across = down = 0.5
         if generator is not None and self.crop == "random":
             scale *= math.sqrt(generator.uniform(self.min_scale, 1))
             across, down = generator.random(2)
-        left, top = (image.width - width * scale) * across, (image.height - height * scale) * down
-        box = (left, top, left + width * scale, top + height * scale)
-        return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+        top, left = original[0] - size[0] * scale, original[1] - size[1] * scale
+        return _Cut(left * across, top * down, scale)
 
     def finish(self, values: Tensor) -> Tensor:
         """From 0 .. 255 to [-1, 1]."""
         return values.float() / 127.5 - 1
+
+
+def _taken(image: Image.Image, size: Shape, cut: _Cut) -> Image.Image:
+    """Crops and resizes, at once and without rounding the crop."""
+    (height, width), (left, top, scale) = size, cut
+    box = (left, top, left + width * scale, top + height * scale)
+    return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
+
+
+def time_ids(original: Shape, size: Shape, cut: _Cut, mirrored: bool = False) -> Tensor:
+    """What SDXL is told of an image (Podell et al. 2023, section 2.2), ``(6,)`` integers.
+
+    Height and width of the file's image; top and left edge of the crop, in pixels of the whole
+    image after it was resized and, where it is, mirrored; height and width of the result.
+    """
+    top, left = cut.top / cut.scale, cut.left / cut.scale
+    if mirrored:
+        left = original[1] / cut.scale - left - size[1]
+    return torch.tensor([*original, round(top), round(left), *size])
 
 
 def nearest_aspect(shapes: npt.NDArray[np.int32], sizes: Sequence[Shape]) -> npt.NDArray[np.int64]:

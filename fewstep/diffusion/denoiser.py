@@ -166,20 +166,42 @@ class Denoiser(nn.Module):
         """
         if cond is None or (not isinstance(guidance_scale, Tensor) and guidance_scale == 1):
             return self(x_t, t, cond)
+        branches = self._branches(x_t, t, cond, detach_null)
+        return self.interpret(_combined(*branches, guidance_scale), x_t, t)
+
+    def guided_with_gap(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond | None,
+        guidance_scale: float,
+        detach_null: bool = False,
+    ) -> tuple[Prediction, Tensor | None]:
+        """What :meth:`guided` gives, and what guidance adds to the predicted noise.
+
+        That is ``g (eps_cond - eps_uncond)``, ``(B, ...)``, without a graph; None where guidance
+        is off. It costs no evaluation more.
+        """
+        if cond is None or guidance_scale == 1:
+            return self(x_t, t, cond), None
+        branches = self._branches(x_t, t, cond, detach_null)
+        found = self.interpret(_combined(*branches, guidance_scale), x_t, t)
+        with torch.no_grad():
+            return found, found.eps - self.interpret(branches[1], x_t, t).eps
+
+    def _branches(
+        self, x_t: Tensor, t: Tensor, cond: Cond, detach_null: bool
+    ) -> tuple[Tensor, Tensor]:
+        """The network's outputs with and without the condition, each ``(B, ...)``."""
         null = self.backbone.null_cond(cond)
         if detach_null:
             with torch.no_grad():
                 unconditional = self.raw(x_t, t, {name: null[name] for name in cond})
-            conditional = self.raw(x_t, t, cond)
-        else:
-            both = {name: torch.cat([cond[name], null[name]]) for name in cond}
-            output = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
-            conditional, unconditional = output.chunk(2)
-        if isinstance(guidance_scale, Tensor):
-            guidance_scale = expand_to(guidance_scale.to(conditional.dtype), conditional)
-        return self.interpret(
-            unconditional + guidance_scale * (conditional - unconditional), x_t, t
-        )
+            return self.raw(x_t, t, cond), unconditional
+        both = {name: torch.cat([cond[name], null[name]]) for name in cond}
+        output = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        conditional, unconditional = output.chunk(2)
+        return conditional, unconditional
 
     def to_spec(self) -> Spec:
         """A plain description that :meth:`from_spec` rebuilds (without weights)."""
@@ -196,6 +218,13 @@ class Denoiser(nn.Module):
         backbone: Backbone = build(spec["backbone"], Backbone)
         schedule: Schedule = build(spec["schedule"], Schedule)  # type: ignore[type-abstract]
         return cls(backbone, schedule, spec["prediction_type"], spec["alpha_floor"])
+
+
+def _combined(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
+    """``uncond + g (cond - uncond)`` of outputs ``(B, ...)``."""
+    if isinstance(scale, Tensor):
+        scale = expand_to(scale.to(conditional.dtype), conditional)
+    return unconditional + scale * (conditional - unconditional)
 
 
 class Guided:
@@ -215,3 +244,9 @@ class Guided:
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
         return self.denoiser.guided(x_t, t, cond, self.guidance_scale, self.detach_null)
+
+    def with_gap(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None
+    ) -> tuple[Prediction, Tensor | None]:
+        """See :meth:`Denoiser.guided_with_gap`."""
+        return self.denoiser.guided_with_gap(x_t, t, cond, self.guidance_scale, self.detach_null)

@@ -1,6 +1,7 @@
 """Training-free guidance: any denoiser steered by the gradient of a loss of clean samples."""
 
 from fewstep.guidance.augmentors import Augmentor, DiffAugment, Identity
+from fewstep.guidance.distance import GuidanceDistance
 from fewstep.guidance.energies import (
     ClassLabel,
     CLIPDistance,
@@ -48,6 +49,7 @@ from fewstep.guidance.pipelines import GuidedPipeline, guide
 from fewstep.guidance.rules import (
     AdamMoments,
     Capped,
+    FreeDoMCfg,
     FreeDoMRms,
     Normalised,
     Polyak,
@@ -93,8 +95,10 @@ __all__ = [
     "Energy",
     "FinalPosition",
     "FixedShare",
+    "FreeDoMCfg",
     "FreeDoMRms",
     "Guidance",
+    "GuidanceDistance",
     "GuidedPipeline",
     "GuidedSamples",
     "HiddenBox",

@@ -125,6 +125,12 @@ class Guidance:
         """What is differentiated."""
         return Objective(self.energy, self.augmentor or PLAIN, self.smoothing)
 
+    @property
+    def needs_cfg_gap(self) -> bool:
+        """Whether a rule measures by what classifier-free guidance adds."""
+        rules = (self.state, self.clean)
+        return any(rule is not None and rule.needs_cfg_gap for rule in rules)
+
     def clean_gain(self, step: Step) -> float:
         """How far the state moves, at the end of a step, with the clean estimate."""
         if self.clean_noise == "kept":

@@ -14,6 +14,7 @@ from fewstep.guidance.energies import Energy
 from fewstep.guidance.guidance import ALWAYS, ONCE, Guidance, Recurrence, Window
 from fewstep.guidance.rules import (
     Capped,
+    FreeDoMCfg,
     FreeDoMRms,
     Normalised,
     Polyak,
@@ -46,7 +47,7 @@ def lgd_mc(energy: Energy, strength: float = 1.0, copies: int = 10) -> Guidance:
 def freedom(
     energy: Energy,
     strength: float = 0.2,
-    rule: Literal["signal", "rms"] = "signal",
+    rule: Literal["signal", "rms", "cfg"] = "signal",
     window: Window = ALWAYS,
     recurrence: Recurrence = ONCE,
 ) -> Guidance:
@@ -54,11 +55,16 @@ def freedom(
 
     Its released code uses the rule ``signal`` (strength times ``sqrt(abar)``) with 0.2 for
     segmentation and guidance off for t <= 200; with 20 for sketches, 100 for faces, off for
-    t <= 100; and ``rms`` with strength 1 for CLIP, repeated 10 times for t in [500, 800] on
-    ImageNet.
+    t <= 100; ``rms`` with strength 1 for CLIP, repeated 10 times for t in [500, 800] on
+    ImageNet; and ``cfg`` with 0.2 for the style of Stable Diffusion, where classifier-free
+    guidance is on, a band in the middle of the steps is guided, and its steps are repeated 3 times.
     """
-    state: StepRule = Scheduled(strength, "signal") if rule == "signal" else FreeDoMRms(strength)
-    return Guidance(energy, state=state, window=window, recurrence=recurrence)
+    rules: dict[str, StepRule] = {
+        "signal": Scheduled(strength, "signal"),
+        "rms": FreeDoMRms(strength),
+        "cfg": FreeDoMCfg(strength),
+    }
+    return Guidance(energy, state=rules[rule], window=window, recurrence=recurrence)
 
 
 def mpgd(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +43,7 @@ class Matrix(LinearOperator):
 
 
 class _Masking(LinearOperator):
-    """Sets hidden pixels to 0; its own adjoint."""
+    """Sets hidden pixels to 0, the middle grey of [-1, 1]; its own adjoint."""
 
     @abstractmethod
     def keep(self, x: Tensor) -> Tensor:
@@ -90,28 +91,45 @@ class HiddenPixels(_Masking):
 
 @dataclass(frozen=True)
 class Blur(LinearOperator):
-    """A Gaussian blur, black outside the picture.
+    """A Gaussian blur.
 
     Args:
         std: in pixels.
-        size: side of the kernel, odd.
+        size: side of the kernel, odd. TFG's deblurring has ``std=3, size=61``.
+        padding: what is outside the picture: itself, mirrored at its outermost pixels (``reflect``,
+            as in TFG), or 0, which is the middle grey of pixels in [-1, 1] (``zeros``).
     """
 
     std: float
     size: int
+    padding: Literal["reflect", "zeros"] = "reflect"
 
     def __post_init__(self) -> None:
         if self.size % 2 == 0:
             raise FewstepError(f"A blur's kernel has an odd side; change size from {self.size}.")
+        if self.padding not in ("reflect", "zeros"):
+            raise FewstepError(f"A blur's padding is reflect or zeros, not '{self.padding}'.")
 
     def _matrix(self, length: int, x: Tensor) -> Tensor:
-        """The blur along one side, ``(length, length)``."""
-        place = torch.arange(length, device=x.device, dtype=x.dtype)
-        offset = (place[:, None] - place).abs()
-        reach = torch.arange(self.size, device=x.device, dtype=x.dtype) - self.size // 2
-        total = torch.exp(-0.5 * (reach / self.std).square()).sum()
-        weights = torch.exp(-0.5 * (offset / self.std).square()) / total
-        return torch.where(offset <= self.size // 2, weights, 0.0)
+        """The blur along one side, ``(length, length)``.
+
+        Raises:
+            FewstepError: if half the kernel is no smaller than the side that is mirrored.
+        """
+        reach = torch.arange(self.size, device=x.device) - self.size // 2
+        kernel = torch.exp(-0.5 * (reach.to(x.dtype) / self.std).square())
+        seen = torch.arange(length, device=x.device)[:, None] + reach
+        inside = (seen >= 0) & (seen < length)
+        weights = (kernel / kernel.sum()).expand(length, -1)
+        if self.padding == "zeros":
+            weights = torch.where(inside, weights, 0.0)
+        elif self.size // 2 >= length:
+            raise FewstepError(
+                f"A blur of {self.size} pixels cannot mirror a side of {length}: take a smaller "
+                "size, or padding: zeros."
+            )
+        seen = (length - 1) - ((length - 1) - seen.abs()).abs()
+        return x.new_zeros(length, length).scatter_add_(1, seen.clamp(0, length - 1), weights)
 
     def __call__(self, x: Tensor) -> Tensor:
         return self._matrix(x.shape[-2], x) @ x @ self._matrix(x.shape[-1], x).T

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.diffusion import to_prediction
+from fewstep.diffusion import Prediction, to_prediction
 from fewstep.diffusion.tables import work_dtype
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies import Target
@@ -119,7 +119,7 @@ class PipelineRun:
             combined = self._combined(predicted.to(leaf.dtype), leaf, scale)
         if combined is None:
             return _with(output, raw.detach())
-        kick = self._kick(combined, state, leaf, step)
+        kick = self._kick(*combined, state, leaf, step)
         shift = shift_of_output(kick, step, self.schedule.prediction_type)
         if both:
             shift = torch.cat([shift, shift])
@@ -134,10 +134,15 @@ class PipelineRun:
             return checkpoint(network, state, use_reentrant=False)
         return network(state)
 
-    def _combined(self, predicted: Tensor, leaf: Tensor, scale: float) -> Tensor | None:
-        """Both branches in one, ``(N, ...)``; None as long as one is missing."""
+    def _combined(
+        self, predicted: Tensor, leaf: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor | None] | None:
+        """Both branches in one, and the unconditional one if there is any, each ``(N, ...)``.
+
+        None as long as one is missing.
+        """
         if scale == 1:
-            return predicted
+            return predicted, None
         if self.layout.branches != "apart":
             first, second = predicted.chunk(2)
             null, cond = (second, first) if self.layout.branches == "reversed" else (first, second)
@@ -146,25 +151,42 @@ class PipelineRun:
             return None
         else:
             (_, cond), null, self.pending = self.pending, predicted, None
-        return null + scale * (cond - null)
+        return null + scale * (cond - null), null
 
-    def _kick(self, output: Tensor, state: Tensor, leaf: Tensor, step: Step) -> Tensor:
+    def _kick(
+        self, output: Tensor, null: Tensor | None, state: Tensor, leaf: Tensor, step: Step
+    ) -> Tensor:
         """How far the prediction moves (:mod:`fewstep.guidance.shifts`), ``(N, ...)``."""
         guidance = self.guidance
         with torch.set_grad_enabled(guidance.state is not None):
-            alpha, sigma = (output.new_full((), step.scale * v) for v in (step.alpha, step.sigma))
-            seen = to_prediction(output, state, alpha, sigma, self.schedule.prediction_type)
+            seen = self._prediction(output, state, step)
             latents = self._unpacked(seen.x0)
+        gap = self._gap(seen, null, state, step)
         self.streams = self.streams or self.draws(len(state))
         found = self.guider.moves(latents.detach(), step, self.streams)
         x0, eps, kick = seen.x0.detach(), seen.eps.detach(), torch.zeros_like(leaf)
         if guidance.state is not None:
-            kick = kick_of_state(found.of_state(leaf, latents, eps, step), step)
+            kick = kick_of_state(found.of_state(leaf, latents, eps, step, gap), step)
         if guidance.clean is not None:
-            kick = kick + kick_of_clean(found.of_clean(x0, eps, self._unpacked), step)
+            moved = found.of_clean(x0, eps, self._unpacked, gap)
+            kick = kick + kick_of_clean(moved, step)
         found.note(sine(step) * kick)
         self.last = x0 - step.sigma * kick
         return kick
+
+    def _prediction(self, output: Tensor, state: Tensor, step: Step) -> Prediction:
+        """What the network's output says, as clean sample and noise."""
+        alpha, sigma = (output.new_full((), step.scale * v) for v in (step.alpha, step.sigma))
+        return to_prediction(output, state, alpha, sigma, self.schedule.prediction_type)
+
+    @torch.no_grad()
+    def _gap(
+        self, seen: Prediction, null: Tensor | None, state: Tensor, step: Step
+    ) -> Tensor | None:
+        """What classifier-free guidance adds to the noise, where it is on and a rule asks."""
+        if null is None or not self.guidance.needs_cfg_gap:
+            return None
+        return seen.eps - self._prediction(null, state, step).eps
 
     def _unpacked(self, x0: Tensor) -> Tensor:
         """What the energy sees, of an estimate as the network knows it."""

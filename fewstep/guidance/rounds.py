@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from fewstep.diffusion import Cond, DenoiserLike, Prediction
+from fewstep.diffusion import Cond, DenoiserLike, Guided, Prediction
 from fewstep.diffusion.tables import expand_to
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies import Target
@@ -19,28 +20,55 @@ from fewstep.guidance.trace import Recorder
 from fewstep.seeding import Generators
 
 
+@dataclass(frozen=True)
+class Estimate(Prediction):
+    """A prediction, and what classifier-free guidance added to its noise.
+
+    Attributes:
+        cfg_gap: see :class:`fewstep.guidance.rules.Signal`; None where it was not asked for.
+    """
+
+    cfg_gap: Tensor | None = None
+
+
 def predict(
-    denoiser: DenoiserLike, x: Tensor, step: Step, cond: Cond | None, checkpointing: bool
-) -> Prediction:
+    denoiser: DenoiserLike,
+    x: Tensor,
+    step: Step,
+    cond: Cond | None,
+    checkpointing: bool,
+    with_gap: bool = False,
+) -> Estimate:
     """A denoiser's prediction at a step's start, with a graph where gradients are on.
 
     Args:
         x: the state ``(B, ...)``; the denoiser's own is ``step.scale`` times as long.
         checkpointing: computes the denoiser again in the backward pass.
+        with_gap: the estimate has its ``cfg_gap``, of a denoiser that is :class:`Guided`.
     """
     t = torch.full((len(x),), step.t, device=x.device, dtype=x.dtype)
 
-    def denoise(state: Tensor) -> tuple[Tensor, Tensor]:
-        prediction = denoiser(step.scale * state, t, cond)
-        return prediction.x0, prediction.eps
+    def denoise(state: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        gap = None
+        if with_gap and isinstance(denoiser, Guided):
+            prediction, gap = denoiser.with_gap(step.scale * state, t, cond)
+        else:
+            prediction = denoiser(step.scale * state, t, cond)
+        return prediction.x0, prediction.eps, gap
 
     if checkpointing and torch.is_grad_enabled():
-        return Prediction(*checkpoint(denoise, x, use_reentrant=False))
-    return Prediction(*denoise(x))
+        return Estimate(*checkpoint(denoise, x, use_reentrant=False))
+    return Estimate(*denoise(x))
 
 
 def follow(
-    rule: Displacement, loss: Tensor, leaf: Tensor, eps: Tensor, minimum: float, step: Step
+    rule: Displacement,
+    loss: Tensor,
+    leaf: Tensor,
+    eps: Tensor,
+    minimum: float,
+    step: Step,
+    cfg_gap: Tensor | None = None,
 ) -> tuple[Signal, Tensor, Tensor]:
     """A rule's displacement from the gradient of losses.
 
@@ -52,6 +80,7 @@ def follow(
         leaf: what they are differentiated with respect to, ``(B, ...)``.
         eps: the predicted noise, ``(B, ...)``.
         minimum: the loss's lower bound.
+        cfg_gap: see :class:`fewstep.guidance.rules.Signal`.
 
     Returns:
         What the rule saw, the displacement ``(B, ...)``, and for which samples something was not
@@ -69,7 +98,7 @@ def follow(
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     sound = gradient.flatten(1).isfinite().all(1) & loss.isfinite()
     gradient = torch.where(expand_to(sound, gradient), gradient, 0.0)
-    signal = Signal(gradient, torch.where(sound, loss.detach(), minimum), eps, minimum)
+    signal = Signal(gradient, torch.where(sound, loss.detach(), minimum), eps, minimum, cfg_gap)
     move = rule(signal, step)
     sound = sound & move.flatten(1).isfinite().all(1)
     return signal, torch.where(expand_to(sound, move), move, 0.0), ~sound
@@ -113,7 +142,9 @@ class Moves:
         self.signals: list[Signal] = []
         self.broken = torch.zeros(len(like), dtype=torch.bool, device=like.device)
 
-    def of_state(self, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step) -> Tensor:
+    def of_state(
+        self, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step, cfg_gap: Tensor | None = None
+    ) -> Tensor:
         """From the gradient through the denoiser, ``(B, ...)``.
 
         Args:
@@ -121,19 +152,25 @@ class Moves:
             clean: what the energy sees, with a graph that begins there.
             eps: the predicted noise.
             step: as the rule is told it.
+            cfg_gap: as the rule is told it.
         """
         rule = self.guider.state_rule
         assert rule is not None  # guidance with inner steps has one
         self.guider.recorder.denoiser_gradients += 1
-        return self._move(rule, leaf, clean, eps, step)
+        return self._move(rule, leaf, clean, eps, step, cfg_gap)
 
     def of_clean(
-        self, x0: Tensor, eps: Tensor, seen: Callable[[Tensor], Tensor] | None = None
+        self,
+        x0: Tensor,
+        eps: Tensor,
+        seen: Callable[[Tensor], Tensor] | None = None,
+        cfg_gap: Tensor | None = None,
     ) -> Tensor:
         """From gradients of the clean estimate ``(B, ...)`` alone, in its own units.
 
         Args:
             seen: what the energy sees of an estimate; the estimate itself by default.
+            cfg_gap: as the rule is told it.
         """
         rule, moved = self.guider.clean_rule, torch.zeros_like(x0)
         assert rule is not None
@@ -141,7 +178,7 @@ class Moves:
             leaf = (x0 - moved).requires_grad_(True)
             with torch.enable_grad():
                 clean = leaf if seen is None else seen(leaf)
-            moved = moved + self._move(rule, leaf, clean, eps, self.step)
+            moved = moved + self._move(rule, leaf, clean, eps, self.step, cfg_gap)
         return moved
 
     def note(self, shift: Tensor) -> None:
@@ -151,14 +188,20 @@ class Moves:
         recorder.note(self.step.t, first.loss, first.gradient, shift, self.broken)
 
     def _move(
-        self, rule: Displacement, leaf: Tensor, clean: Tensor, eps: Tensor, step: Step
+        self,
+        rule: Displacement,
+        leaf: Tensor,
+        clean: Tensor,
+        eps: Tensor,
+        step: Step,
+        cfg_gap: Tensor | None,
     ) -> Tensor:
         """A rule's displacement from the gradient of ``losses(clean)`` with respect to ``leaf``."""
         with torch.enable_grad():
             loss = self.losses(clean)
         self.guider.recorder.energy_evaluations += self.guider.objective.views
         minimum = self.guider.guidance.energy.minimum
-        signal, move, broken = follow(rule, loss, leaf, eps, minimum, step)
+        signal, move, broken = follow(rule, loss, leaf, eps, minimum, step, cfg_gap)
         self.signals.append(signal)
         self.broken = self.broken | broken
         return move
@@ -200,24 +243,26 @@ class Walk:
         start = x
         for _ in range(self.guidance.inner_steps):
             state, seen = self._predict(x, step, through=True)
-            x = x - moves.of_state(state, seen.x0, seen.eps.detach(), step.in_place())
+            eps, place = seen.eps.detach(), step.in_place()
+            x = x - moves.of_state(state, seen.x0, eps, place, seen.cfg_gap)
         shift = start - x
         through = self.guidance.state is not None and not self.guidance.inner_steps
         state, seen = self._predict(x, step, through)
         x0, eps = seen.x0.detach(), seen.eps.detach()
         arrived = step.arrive(x0, eps, z)
         if through:
-            move = moves.of_state(state, seen.x0, eps, step)
+            move = moves.of_state(state, seen.x0, eps, step, seen.cfg_gap)
             arrived, shift = arrived - move, shift + move
         if self.guidance.clean is not None:
-            move = self.guidance.clean_gain(step) * moves.of_clean(x0, eps)
+            clean = moves.of_clean(x0, eps, cfg_gap=seen.cfg_gap)
+            move = self.guidance.clean_gain(step) * clean
             arrived, shift = arrived - move, shift + move
         moves.note(shift)
         return arrived
 
-    def _predict(self, x: Tensor, step: Step, through: bool) -> tuple[Tensor, Prediction]:
+    def _predict(self, x: Tensor, step: Step, through: bool) -> tuple[Tensor, Estimate]:
         """The state as a leaf, and the denoiser's prediction, with a graph if ``through``."""
         self.guider.recorder.denoiser_evaluations += 1
-        state = x.detach().requires_grad_(through)
+        state, gap = x.detach().requires_grad_(through), self.guidance.needs_cfg_gap
         with torch.set_grad_enabled(through):
-            return state, predict(self.denoiser, state, step, self.cond, self.checkpointing)
+            return state, predict(self.denoiser, state, step, self.cond, self.checkpointing, gap)

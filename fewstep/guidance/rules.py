@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.diffusion.tables import expand_to
+from fewstep.errors import FewstepError
 from fewstep.guidance.steps import Step
 
 Weight = Literal[
@@ -41,12 +42,16 @@ class Signal:
         loss: ``(B,)``.
         eps: the predicted noise, ``(B, ...)``.
         minimum: the loss's lower bound.
+        cfg_gap: what classifier-free guidance of scale ``w`` adds to the predicted noise,
+            ``w (eps_cond - eps_uncond)``, ``(B, ...)``; None where it is off, or where the run's
+            rules do not ask for it (:attr:`StepRule.needs_cfg_gap`).
     """
 
     gradient: Tensor
     loss: Tensor
     eps: Tensor
     minimum: float = 0.0
+    cfg_gap: Tensor | None = None
 
 
 Displacement = Callable[[Signal, Step], Tensor]
@@ -62,6 +67,11 @@ class StepRule(ABC):
     def start(self) -> Displacement:
         """The rule for one run; rules with a memory begin a new one."""
         return self.displacement
+
+    @property
+    def needs_cfg_gap(self) -> bool:
+        """Whether it measures by :attr:`Signal.cfg_gap`."""
+        return False
 
 
 def sample_norm(x: Tensor) -> Tensor:
@@ -149,6 +159,33 @@ class FreeDoMRms(StepRule):
 
 
 @dataclass(frozen=True)
+class FreeDoMCfg(StepRule):
+    """The rule of FreeDoM's release for Stable Diffusion (style), on top of classifier-free
+    guidance of scale ``w``: ``strength w rms(eps_cond - eps_uncond) / rms(g) * g``.
+
+    Args:
+        strength: 0.2 in the release.
+    """
+
+    strength: float = 0.2
+
+    @property
+    def needs_cfg_gap(self) -> bool:
+        return True
+
+    def displacement(self, signal: Signal, step: Step) -> Tensor:
+        if signal.cfg_gap is None:
+            raise FewstepError(
+                "The rule FreeDoMCfg measures its step by what classifier-free guidance adds to "
+                "the prediction, and there is none here. Sample with a condition and a scale above "
+                "1 (steering.unconditional: false with sampling_guidance, Guided(denoiser, scale), "
+                "or the pipeline's guidance_scale), or take FreeDoMRms."
+            )
+        inverse = safe_inverse(sample_norm(signal.gradient), 0.0)
+        return self.strength * sample_norm(signal.cfg_gap) * inverse * signal.gradient
+
+
+@dataclass(frozen=True)
 class Polyak(StepRule):
     """``strength * gap / |g|^2 * g``.
 
@@ -227,6 +264,10 @@ class Capped(StepRule):
 
     rule: StepRule
     radius: float = 0.1
+
+    @property
+    def needs_cfg_gap(self) -> bool:
+        return self.rule.needs_cfg_gap
 
     def displacement(self, signal: Signal, step: Step) -> Tensor:
         return self._within(self.rule.displacement(signal, step), step)

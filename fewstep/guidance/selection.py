@@ -88,6 +88,18 @@ class Selected(GuidedSamples):
     losses: Tensor
     chosen: Tensor
 
+    def check(self) -> None:
+        """Refuses a selection from nothing; waits for the device.
+
+        Raises:
+            FewstepError: if a sample has no candidate with a finite loss.
+        """
+        if not bool(self.losses.isfinite().any(0).all()):
+            raise FewstepError(
+                f"None of {len(self.losses)} candidates of a sample has a finite loss. Look for "
+                "logarithms and divisions in the energy, or lower the guidance's strength."
+            )
+
 
 @dataclass(frozen=True)
 class BestOf:
@@ -128,6 +140,8 @@ class BestOf:
         cond: Cond | None = None,
         target: Target = None,
         seed: int = 0,
+        first: tuple[Tensor, Sequence[torch.Generator] | None] | None = None,
+        check: bool = True,
     ) -> Selected:
         """Selects samples.
 
@@ -136,6 +150,10 @@ class BestOf:
             like: a tensor shaped, typed and placed like the initial noise, ``(B, ...)``.
             numbers: each sample's number in the whole run, ``B`` of them.
             cond, target: one row for each sample.
+            first: noise ``(B, ...)`` and a generator for each sample that candidate 0 starts from,
+                so that it is the sample there would be without selection; without generators it
+                draws what its walk needs as the others do.
+            check: see :meth:`Selected.check`; False leaves it to the caller.
 
         Raises:
             FewstepError: if the numbers are not one for each sample, or if a sample has no
@@ -147,9 +165,10 @@ class BestOf:
             )
         keeper, losses, costs = Keeper(), [], Costs(0, 0, 0)
         times: tuple[float, ...] = ()
-        for first in range(0, self.count, self.together):
-            candidates = range(first, min(first + self.together, self.count))
-            run = self._draw(sampler, like, numbers, candidates, cond, target, seed)
+        for lowest in range(0, self.count, self.together):
+            candidates = range(lowest, min(lowest + self.together, self.count))
+            start = self._start(like, numbers, candidates, seed, first)
+            run = _drawn(sampler, *start, len(candidates), cond, target)
             times = run.trace.times
             costs = costs + run.trace.costs.for_each_of(len(candidates))
             for place in range(len(candidates)):
@@ -157,33 +176,29 @@ class BestOf:
                 loss = self._rank(run.samples[rows], target, numbers, seed)
                 keeper.offer(loss, run.samples[rows], *_columns(run.trace, rows))
                 losses.append(torch.where(loss.isfinite(), loss, torch.inf))
-        if not bool(keeper.loss.isfinite().all()):
-            raise FewstepError(
-                f"None of {self.count} candidates of a sample has a finite loss. Look for "
-                "logarithms and divisions in the energy, or lower the guidance's strength."
-            )
         ranked = Costs(0, 0, self.count * Objective(self.energy, self.augmentor or PLAIN).views)
         samples, *columns = keeper.rows
         trace = _trace(times, columns, costs + ranked)
-        return Selected(samples, trace, torch.stack(losses), keeper.chosen)
+        found = Selected(samples, trace, torch.stack(losses), keeper.chosen)
+        if check:
+            found.check()
+        return found
 
-    def _draw(
-        self,
-        sampler: CandidateSampler,
+    @staticmethod
+    def _start(
         like: Tensor,
         numbers: Sequence[int],
         candidates: range,
-        cond: Cond | None,
-        target: Target,
         seed: int,
-    ) -> GuidedSamples:
-        """Candidates of all samples, those of one number after another."""
+        first: tuple[Tensor, Sequence[torch.Generator] | None] | None,
+    ) -> tuple[Tensor, list[torch.Generator]]:
+        """Initial noise of candidates, those of one number after another, and their generators."""
         draws = [torch_generator(seed, "candidate", n, k) for k in candidates for n in numbers]
         noise = normal_like(_repeated(like, len(candidates)), draws)
-        given = None
-        if cond is not None:
-            given = {name: _repeated(row, len(candidates)) for name, row in cond.items()}
-        return sampler(noise, given, repeated(target, len(candidates)), draws)
+        if first is not None and candidates.start == 0:
+            noise[: len(like)] = first[0]
+            draws[: len(like)] = first[1] or draws[: len(like)]
+        return noise, draws
 
     def _rank(self, samples: Tensor, target: Target, numbers: Sequence[int], seed: int) -> Tensor:
         """The energy of one candidate of each sample, ``(B,)``, in the sample's own views."""
@@ -192,6 +207,21 @@ class BestOf:
         with frozen(self.energy):
             loss: Tensor = objective.drawn(samples, target, FINISHED, views)(samples)
         return loss
+
+
+def _drawn(
+    sampler: CandidateSampler,
+    noise: Tensor,
+    draws: Sequence[torch.Generator],
+    times: int,
+    cond: Cond | None,
+    target: Target,
+) -> GuidedSamples:
+    """So many candidates of each sample, from their noise."""
+    given = None
+    if cond is not None:
+        given = {name: _repeated(row, times) for name, row in cond.items()}
+    return sampler(noise, given, repeated(target, times), draws)
 
 
 def _repeated(rows: Tensor, times: int) -> Tensor:

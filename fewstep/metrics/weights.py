@@ -6,7 +6,6 @@ into every protocol.
 
 from __future__ import annotations
 
-import hashlib
 import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
+from fewstep.remembered import sha256_of
 
 
 @dataclass(frozen=True)
@@ -67,12 +67,7 @@ class WeightFile:
 
 def file_sha256(*paths: Path) -> str:
     """The hash of one file, or of several one after the other, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while block := file.read(1 << 22):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(*paths)
 
 
 def read_state(path: Path) -> Mapping[str, Tensor]:

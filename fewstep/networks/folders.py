@@ -16,6 +16,7 @@ from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from fewstep.errors import FewstepError
 from fewstep.networks.families import FAMILIES, Family
 from fewstep.networks.families.family import Configs
+from fewstep.remembered import sha256_of
 
 Config = Mapping[str, Any]
 TEXT_MODELS = tuple(
@@ -185,7 +186,5 @@ def weights_hash(folder: Path, parts: Iterable[str]) -> str:
     for part in parts:
         for path in sorted((folder / part).glob("*")):
             if path.is_file() and not path.name.startswith("."):
-                with path.open("rb") as file:
-                    content = hashlib.file_digest(file, "sha256").hexdigest()
-                digest.update(f"{part}/{path.name} {content}\n".encode())
+                digest.update(f"{part}/{path.name} {sha256_of(path)}\n".encode())
     return digest.hexdigest()

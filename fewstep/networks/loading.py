@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import pickle
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
@@ -14,10 +12,12 @@ import torch
 
 from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import FewstepError
+from fewstep.networks.damaged import reading
 from fewstep.networks.lora import LoRADenoiser, is_lora_spec, rebuild
 from fewstep.networks.lora_files import merged_denoiser
 from fewstep.networks.pipelines import load_denoiser_of, read_null
 from fewstep.networks.sharded import is_sharded_checkpoint, read_remainder, read_tensors
+from fewstep.remembered import sha256_of
 
 METADATA_KEY = "fewstep"
 
@@ -91,14 +91,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Any]:
     Raises:
         FewstepError: if the file is missing, damaged, unsafe or not a fewstep checkpoint.
     """
-    try:
+    with reading(path):
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (OSError, RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise FewstepError(
-            f"Cannot read '{path}' as a checkpoint: it is missing, truncated or holds more than "
-            f"plain tensors ({reason})."
-        ) from error
     if not isinstance(checkpoint, dict) or METADATA_KEY not in checkpoint:
         raise FewstepError(
             f"'{path}' is not a fewstep checkpoint (it has no '{METADATA_KEY}' entry)."
@@ -202,9 +196,4 @@ def _read_base(where: str, origin: dict[str, str]) -> tuple[Denoiser, str]:
 
 def _sha256(path: Path) -> str:
     """Of a file, or of all files of a folder in the order of their names."""
-    digest = hashlib.sha256()
-    for part in sorted(path.iterdir()) if path.is_dir() else [path]:
-        with part.open("rb") as file:
-            while block := file.read(2**22):
-                digest.update(block)
-    return digest.hexdigest()
+    return sha256_of(*sorted(path.iterdir()) if path.is_dir() else [path])

@@ -28,9 +28,9 @@ RESNETS = (
 )
 # What few-step LoRAs of U-Nets adapt: LCM-LoRA (Luo et al. 2023, arXiv 2311.05556) in diffusers'
 # train_lcm_distill_lora script, PCM (Wang et al. 2024) and, for videos, MCM (Zhai et al. 2024),
-# all the same. PCM adapts attention and both feed-forward networks of SD3, the two streams alike;
-# its released list misses the text's q, k and v by a leading dot. diffusers' LoRA scripts of SD3
-# and Flux name the same layers; all other transformers follow them.
+# all the same. Of transformers it is attention and feed-forward networks of all streams, as in
+# diffusers' LoRA scripts of SD3 and Flux. PCM's SD3 students adapt embeddings and the linear layers
+# of adaLN too, which their experiments name.
 # None of them has an input for the guidance scale; where a U-Net has one, it is adapted too.
 GUIDANCE_INPUT = "cond_proj"
 UNET_TARGETS = (*ATTENTION, *FEED_FORWARD, "proj_in", "proj_out", *RESNETS, GUIDANCE_INPUT)
@@ -56,7 +56,8 @@ class LoRA:
             trained with 8, which goes with its learning rates.)
         target_modules: ends of names of layers, such as ``to_q`` or ``attn1.to_q``, or one regular
             expression that whole names must match; null takes what is usual for the network.
-        dropout: share of each adapter's inputs that is dropped in training.
+        dropout: share of each adapter's inputs that is dropped in training. Which is a function of
+            (seed, update, rank), so that runs resume exactly.
         init: how ``A`` is drawn: ``kaiming`` as a linear layer's weights, or ``gaussian`` with a
             standard deviation of ``1 / rank``. ``B`` starts at zero.
     """

@@ -17,6 +17,7 @@ from fewstep.diffusion.denoiser import Denoiser
 from fewstep.errors import FewstepError
 from fewstep.networks.families import DiffusersBackbone, Family
 from fewstep.networks.folders import (
+    TEXT_MODELS,
     family_of,
     find_folder,
     network_folder,
@@ -29,8 +30,9 @@ from fewstep.networks.folders import (
 from fewstep.networks.gates import has_gates, load_gates
 from fewstep.networks.latents import LatentCodec
 from fewstep.networks.parts import load_part
-from fewstep.networks.scheduling import read_schedule
+from fewstep.networks.scheduling import read_schedule, warn_of_other_betas
 from fewstep.networks.text import TextEncoding
+from fewstep.remembered import REMEMBERED
 
 
 @dataclass(frozen=True)
@@ -110,7 +112,7 @@ def load_denoiser_of(
     options = family.options(configs)
     shapes: dict[str, list[int] | None] = dict.fromkeys(family.zero_null(configs.index))
     if family.encode is not None and (negative_prompt is not None or not shapes):
-        null = dict(null or TextEncoding(folder, device, dtype).null(negative_prompt))
+        null = dict(null or encoded_null(folder, device, dtype, negative_prompt))
         shapes = {name: list(value.shape) for name, value in null.items()}
     # Loaded after the text encoders are gone: the largest need half the memory this way.
     network = load_network(folder, family, weights).to(network_dtype)
@@ -120,8 +122,40 @@ def load_denoiser_of(
     if has_gates(part):
         load_gates(backbone, part)
     schedule, prediction_type = read_schedule(folder, backbone.num_tokens)
+    warn_of_other_betas(folder, family.betas)
     denoiser = Denoiser(backbone, schedule, prediction_type).requires_grad_(False).eval()
     return LoadedPipeline(denoiser, folder, str(where), family, configs.size, device, dtype)
+
+
+def encoded_null(
+    folder: Path,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    negative_prompt: str | None = None,
+) -> dict[str, Tensor]:
+    """What a pipeline's text encoders give the unconditional branch, each ``(1, ...)`` on the CPU.
+
+    They are loaded for it and let go, once a process.
+
+    Args:
+        device, dtype: where and in which precision they compute.
+        negative_prompt: what it gets instead of what the pipeline gives it.
+
+    Raises:
+        FewstepError: if they are missing or damaged.
+    """
+
+    def encode() -> dict[str, Tensor]:
+        # Networks that start at random afterwards do so alike, whether encoders were built or not.
+        with torch.random.fork_rng(devices=[]):
+            found = TextEncoding(folder, device, dtype).null(negative_prompt)
+        return {name: value.cpu() for name, value in found.items()}
+
+    found = (path for part in TEXT_MODELS for path in sorted((folder / part).glob("*")))
+    files = [path for path in found if path.is_file()]
+    what = ("null condition", device, dtype, negative_prompt)
+    null = REMEMBERED.of(what, [folder / "model_index.json", *files], encode)
+    return {name: value.clone() for name, value in null.items()}
 
 
 def read_null(path: str | Path) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from fewstep.diffusion.prediction import PredictionType
 from fewstep.diffusion.schedules import FlowSchedule, Schedule, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks.folders import part_of, read_json
+
+logger = logging.getLogger(__name__)
 
 
 def read_schedule(folder: Path, num_tokens: int) -> tuple[Schedule, PredictionType]:
@@ -50,6 +53,23 @@ def read_schedule(folder: Path, num_tokens: int) -> tuple[Schedule, PredictionTy
             f"The scheduler of '{folder}' says prediction_type '{prediction}', which is unknown."
         )
     return VPSchedule.from_diffusers(scheduler, end), prediction  # type: ignore[arg-type]
+
+
+def warn_of_other_betas(folder: Path, expected: str | None) -> None:
+    """Says so if a pipeline's scheduler has other betas than its network was trained with."""
+    config = read_json(folder / part_of(folder, "scheduler") / "scheduler_config.json")
+    found = config.get("beta_schedule", expected)
+    if expected is not None and found != expected:
+        logger.warning(
+            "The scheduler of '%s' says beta_schedule '%s', but networks of this family are "
+            "trained with '%s'. Unless yours was not, save the pipeline with the right one first: "
+            "pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, "
+            "beta_schedule='%s').",
+            folder,
+            found,
+            expected,
+            expected,
+        )
 
 
 def flow_shift(config: Mapping[str, Any], num_tokens: int) -> float:

@@ -15,6 +15,8 @@ from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
+from fewstep.networks.damaged import reading
+
 CONTENTS = ".metadata"
 REMAINDER = "meta.pt"
 
@@ -25,14 +27,27 @@ def is_sharded_checkpoint(path: Path) -> bool:
 
 
 def read_remainder(path: Path) -> dict[str, Any]:
-    """What is not sharded: counters, metadata, positions."""
-    found: dict[str, Any] = torch.load(path / REMAINDER, map_location="cpu", weights_only=True)
+    """What is not sharded: counters, metadata, positions.
+
+    Raises:
+        FewstepError: if the checkpoint is damaged.
+    """
+    with reading(path):
+        found: dict[str, Any] = torch.load(path / REMAINDER, map_location="cpu", weights_only=True)
     return found
 
 
 def read_tensors(path: Path, prefix: str) -> dict[str, Tensor]:
-    """The whole tensors whose names begin with ``prefix``, by the rest of their names."""
-    reader = FileSystemReader(path)
+    """The whole tensors whose names begin with ``prefix``, by the rest of their names.
+
+    Raises:
+        FewstepError: if the checkpoint is damaged.
+    """
+    with reading(path):
+        return _tensors(FileSystemReader(path), prefix)
+
+
+def _tensors(reader: FileSystemReader, prefix: str) -> dict[str, Tensor]:
     contents = reader.read_metadata().state_dict_metadata
     wanted: dict[str, Any] = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)

@@ -10,6 +10,7 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.networks.families.family import Conditions
 from fewstep.networks.folders import TEXT_MODELS, family_of
+from fewstep.networks.host_weights import HOST, HostWeights
 from fewstep.networks.parts import load_text_pipeline
 
 
@@ -20,6 +21,8 @@ class TextEncoding:
         folder: the pipeline's.
         device: where to compute.
         dtype: in which precision to compute.
+        kept: whether the host keeps the weights while another device computes: they take its memory
+            throughout, and then :meth:`offload` copies nothing.
 
     Raises:
         FewstepError: if the family has no text, or its encoders are missing or damaged.
@@ -30,6 +33,7 @@ class TextEncoding:
         folder: Path,
         device: str | torch.device = "cpu",
         dtype: torch.dtype = torch.float32,
+        kept: bool = False,
     ) -> None:
         self.family = family_of(folder)
         if self.family.encode is None:
@@ -37,6 +41,8 @@ class TextEncoding:
         self._encode = self.family.encode
         self.device = torch.device(device)
         self.pipeline = load_text_pipeline(folder, dtype)
+        self._kept = kept
+        self._host: HostWeights | None = None
 
     @torch.no_grad()
     def encode(self, prompts: Sequence[str], size: tuple[int, int] | None = None) -> Conditions:
@@ -72,10 +78,18 @@ class TextEncoding:
 
     def offload(self) -> None:
         """Puts the encoders on the CPU until they are needed again."""
-        self._to(torch.device("cpu"))
+        self._to(HOST)
 
     def _to(self, device: torch.device) -> None:
-        for part in TEXT_MODELS:
-            module = getattr(self.pipeline, part, None)
-            if isinstance(module, torch.nn.Module):
-                module.to(device)
+        if self._kept:
+            if self._host is None and device != HOST:
+                self._host = HostWeights(self._encoders())
+            if self._host is not None:
+                self._host.to(device)
+            return
+        for module in self._encoders():
+            module.to(device)
+
+    def _encoders(self) -> list[torch.nn.Module]:
+        parts = [getattr(self.pipeline, part, None) for part in TEXT_MODELS]
+        return [part for part in parts if isinstance(part, torch.nn.Module)]

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules import Shards
 from datamodules.contents import name_of_files
-from datamodules.fields import Caption, Field, Images, Videos
+from datamodules.fields import Caption, Field, Images, Videos, image_shape
 from datamodules.several import Several
 from fewstep.contracts import Batch
 from fewstep.errors import FewstepError
@@ -65,6 +65,24 @@ class FinishedSamples(StandIn):
         self._batch_size, self._num_workers = own.batch_size, own.num_workers
         first = next(iter(self.finished_batches()))["sample"]
         self.sample_shape = tuple(first.shape[1:])
+
+    def note(self, asked: int) -> str | None:
+        """How these samples differ from what the experiment measures, where they do.
+
+        Args:
+            asked: how many it measures.
+        """
+        found = []
+        if self.num_finished != asked:
+            kind = "file" if self._files is not None else "sample"
+            plural = "s" * (self.num_finished != 1)
+            found.append(f"{self.num_finished} {kind}{plural} (the experiment measures {asked})")
+        made = self._files.first_shape() if self._files is not None else None
+        if made is not None and made != self.sample_shape[-2:]:
+            (height, width), (high, wide) = made, self.sample_shape[-2:]
+            found.append(f"resized from {width} x {height} to {wide} x {high}")
+        text = ", ".join(found)
+        return f"{text[0].upper()}{text[1:]}." if text else None
 
     def finished_batches(self, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
         """A rank's share of the samples."""
@@ -139,6 +157,11 @@ class _Files(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.files)
+
+    def first_shape(self) -> tuple[int, int] | None:
+        """Height and width of the first file as it is; None for a video."""
+        data = self.files[0].read_bytes()
+        return image_shape(self.files[0].suffix[1:].lower(), lambda limit: data[:limit])
 
     def __getitem__(self, number: int) -> Any:
         path = self.files[number]

@@ -103,7 +103,9 @@ def find_match(denoiser: Denoiser, chains: Sequence[Chain], front: FrontEnd, gri
     quiet()
     probe = Denoiser(_Waves(), denoiser.schedule, denoiser.prediction_type, denoiser.alpha_floor)
     best: tuple[int, Match] | None = None
-    for scheduler, always in _candidates(denoiser, chains[0].renoise, grid):
+    # A chain of one step may be of either kind: its jump is the same.
+    leading = next((chain for chain in chains if chain.renoise), chains[0])
+    for scheduler, always in _candidates(denoiser, leading.renoise, grid):
         if not set(always) <= front.takes:
             continue
         found = [_steering(scheduler, always, chain, probe, front) for chain in chains]
@@ -114,7 +116,7 @@ def find_match(denoiser: Denoiser, chains: Sequence[Chain], front: FrontEnd, gri
                 steering = {c.num_steps: one[1] for c, one in zip(chains, exact, strict=True)}
                 best = effort, Match(scheduler, steering, max(one[2] for one in exact))
     if best is None:
-        raise FewstepError(_explain(denoiser, chains[0]))
+        raise FewstepError(_explain(denoiser, leading))
     return best[1]
 
 

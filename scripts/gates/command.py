@@ -14,7 +14,7 @@ z + alpha F(z) + beta in place of z + F(z).
            fewstep has them from then on, and training from it trains them
   merge    write a pipeline whose weights have the gates in them, which needs nothing of fewstep
   report   what the gates of a pipeline, a checkpoint or a run have become
-  grow     double a gated network's depth, each block becoming two of half the step
+  grow     double a gated network's depth, each block becoming two, of half the step or one of none
   prune    take away the blocks that add least to their stream
   sensitivity   measure how depth and the gates' first values change untrained stacks
 """
@@ -42,13 +42,17 @@ blocks, on skips in front of a norm, or with a part that depends on the time.
 """
 REPORT = """\
 Print each gate's alpha, the spread of alpha over channels, the norm of beta, and rho or the skips'
-factor where it has one.
+factor where it has one. Of a run with callbacks.GateReport also what it last wrote down, by depth:
+what each gated unit adds to its block's stream and the cosine of both, what the whole block adds,
+the stream, and the loss's gradient by it (root mean squares).
 """
 GROW = """\
 Double the depth of a network with gates: each block becomes two whose alpha and beta are half,
 which take its step in two. What the network computes changes by the error of one step, so train it:
-`model.init_args.start: DEST` of an experiment, or the new pipeline. Networks without gates get them
-by `fewstep gates apply`, or while they train.
+`model.init_args.start: DEST` of an experiment, or the new pipeline. With --new-blocks zero the
+second block's alpha and beta are zero instead, and the network computes exactly the same; refused
+where such a block could never learn. Networks without gates get them by `fewstep gates apply`, or
+while they train.
 """
 PRUNE = """\
 Take away the blocks that add least to their stream, on samples of the network's own with noise of
@@ -82,17 +86,17 @@ def main(arguments: list[str]) -> None:
     elif options.action == "grow":
         from scripts.gates.depth import grow_depth
 
-        depth = grow_depth(options.source, options.dest)
+        depth = grow_depth(options.source, options.dest, options.new_blocks)
         print(f"{depth} blocks now, {depth // 2} before: {options.dest}")
     elif options.action == "prune":
         _prune(options)
     elif options.action == "sensitivity":
         _measure_sensitivity(options)
     else:
-        from scripts.gates.report import picture, read_values, text
+        from scripts.gates.report import picture, read_seen, read_values, seen_text, text
 
-        values = read_values(options.source)
-        print(text(values))
+        values, seen = read_values(options.source), read_seen(options.source)
+        print(text(values) + (f"\n\n{seen_text(seen)}" if seen else ""))
         if options.picture is not None:
             print(f"Picture: {picture(values, options.picture)}")
 
@@ -178,6 +182,12 @@ def _add_depths(actions: Any, style: Any) -> None:
             required=True,
             help="what to write: a folder from a pipeline's, otherwise a checkpoint",
         )
+    grow.add_argument(
+        "--new-blocks",
+        choices=["half", "zero"],
+        default="half",
+        help="both blocks take half of the step (default), or new ones start with alpha at zero",
+    )
     prune.add_argument("--blocks", metavar="N", type=int, required=True, help="how many go")
     prune.add_argument(
         "--steps",

@@ -16,6 +16,7 @@ from fewstep.networks.folders import family_of, network_folder
 from fewstep.networks.gates import grow, is_gated, load_gates, prune, save_gates
 from fewstep.networks.gates.apply import remove_gates
 from fewstep.networks.gates.gated import network_of
+from fewstep.networks.gates.surgery import NewBlocks
 from fewstep.networks.loading import (
     METADATA_KEY,
     find_checkpoint,
@@ -32,12 +33,13 @@ from scripts.gates.folders import new_pipeline
 Result = TypeVar("Result")
 
 
-def grow_depth(source: str, dest: Path) -> int:
+def grow_depth(source: str, dest: Path, new_blocks: NewBlocks = "half") -> int:
     """Doubles the depth of a gated network, and writes what becomes of it.
 
     Args:
         source: a pipeline's folder with gates, a checkpoint, or a run's or an experiment's folder.
         dest: a new folder, if the source is a pipeline's; otherwise a new checkpoint.
+        new_blocks: see :func:`fewstep.networks.gates.grow`.
 
     Returns:
         The new number of blocks.
@@ -47,10 +49,10 @@ def grow_depth(source: str, dest: Path) -> int:
     """
     folder = Path(source)
     if not is_pipeline(folder):
-        return _of_checkpoint(source, dest, lambda denoiser, _: grow(denoiser))
+        return _of_checkpoint(source, dest, lambda denoiser, _: grow(denoiser, new_blocks))
     network = load_network(folder, family_of(folder))
     load_gates(network, network_folder(folder))
-    depth = grow(network)
+    depth = grow(network, new_blocks)
     _write_pipeline(network, folder, dest)
     return depth
 

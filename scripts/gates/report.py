@@ -1,4 +1,4 @@
-"""What gates have become, as a table and as a picture."""
+"""What gates have become, as a table and as a picture, and what a run saw of their streams."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from callbacks.gates import FILE_NAME, FOLDER, Row, read_gate_report
 from fewstep.errors import FewstepError
 from fewstep.networks import load_denoiser
 from fewstep.networks.folders import family_of
 from fewstep.networks.gates import GateValue, gate_tensors, gate_values, read_gates
+from fewstep.networks.loading import find_checkpoint
 
 NUMBERS = ("alpha", "spread", "beta", "rho", "skip")
 HEAD = ("gate", "alpha", "spread", "|beta|", "rho", "skip")
+SEEN = ("alpha", "beta", "unit", "cosine", "ratio", "stream", "gradient")
+SEEN_HEAD = (
+    *("gate", "alpha", "|beta|", "unit / stream", "cosine", "block / stream"),
+    *("stream", "gradient"),
+)
 BAR, ROW, GAP = 260, 18, 16
 ALPHA_COLOUR, BETA_COLOUR = "#2563a8", "#b4541a"
 
@@ -37,17 +44,56 @@ def read_values(source: str) -> list[GateValue]:
 
 def text(values: Sequence[GateValue]) -> str:
     """A table, a gate a line."""
-    lines = [HEAD, *((v.name, *(_number(getattr(v, name)) for name in NUMBERS)) for v in values)]
-    used = [i for i in range(len(HEAD)) if any(line[i] for line in lines[1:])]
-    wide = {i: max(len(line[i]) for line in lines) for i in used}
+    rows = [(v.name, *(_number(getattr(v, name)) for name in NUMBERS)) for v in values]
+    return _table(HEAD, rows)
+
+
+def read_seen(source: str) -> list[Row]:
+    """What ``callbacks.GateReport`` last wrote down in a run, a line a gate in order of depth.
+
+    Args:
+        source: as of :func:`read_values`; nothing is seen of pipelines, and of runs without it.
+
+    Raises:
+        FewstepError: if its file is damaged.
+    """
+    if (Path(source) / "model_index.json").is_file():
+        return []
+    run = find_checkpoint(source).parent.parent
+    if not (run / FOLDER / FILE_NAME).is_file():
+        return []
+    rows = read_gate_report(run)
+    return [row for row in rows if row["update"] == rows[-1]["update"]]
+
+
+def seen_text(rows: Sequence[Row]) -> str:
+    """The same as a table below a line that says when, with more than one role each its own."""
+    parts = []
+    for role in dict.fromkeys(row["role"] for row in rows):
+        own = [row for row in rows if row["role"] == role]
+        cells = [(row["gate"], *(_seen_number(row[name]) for name in SEEN)) for row in own]
+        head = f"Seen of the {role} in update {own[0]['update']:,}, from its input to its output:"
+        parts.append(f"{head}\n{_table(SEEN_HEAD, cells)}")
+    return "\n\n".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Columns that hold something, the first one aligned to the left."""
+    used = [i for i in range(len(head)) if any(row[i] for row in rows)]
+    wide = {i: max(len(line[i]) for line in (head, *rows)) for i in used}
     return "\n".join(
         "  ".join(line[i].ljust(wide[i]) if i == 0 else line[i].rjust(wide[i]) for i in used)
-        for line in lines
+        for line in (head, *rows)
     )
 
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
+
+
+def _seen_number(value: float | None) -> str:
+    """Gradients are of any size."""
+    return "" if value is None else f"{value:.4g}"
 
 
 def picture(values: Sequence[GateValue], path: Path) -> Path:

@@ -19,10 +19,10 @@ results. With the same options every method gets the same effort.
   --num_samples N      samples of each at each number of steps, from the same noise (128)
   --steps K [K ...]    sampling steps; the score is the mean over them (the experiment's)
   --begin B            the first setting is B times the experiment's numbers (0.25) ...
-  --factor F           ... and the next ones F times the one before (2)
+  --factor F           ... and the next ones F times the one before (2; smoothing.scale 10)
   --knobs A,B          which numbers: fields of the guidance, such as state.rule.strength,
                        smoothing.scale, recurrence.count; all strengths by default. One is searched
-                       along a line, several by TFG's beam search
+                       along a line, several by TFG's greedy beam, from the experiment's numbers
   --max_distance R     a setting whose samples are more than R times as far from the nearest data as
                        unguided samples, at any number of steps, cannot win
   --tuner.class_path C --tuner.init_args.X ...   a fewstep.guidance.Judge. By default that of the

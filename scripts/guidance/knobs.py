@@ -8,7 +8,9 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.guidance import Guidance, Knob
-from fewstep.guidance.knobs import configured, read_number, with_number
+from fewstep.guidance.knobs import TFG_KNOBS, configured, read_number, with_number
+
+FACTORS = {knob.field: knob.factor for knob in TFG_KNOBS}
 
 
 def strengths(guidance: Guidance) -> list[str]:
@@ -29,15 +31,19 @@ def strengths(guidance: Guidance) -> list[str]:
 
 
 def chosen_knobs(
-    guidance: Guidance, names: str | None, begin: float, factor: float, trials: int
+    guidance: Guidance, names: str | None, begin: float, factor: float | None, trials: int
 ) -> list[Knob]:
     """The knobs of a search, each with its first value in place of a start.
+
+    A search of several is the greedy beam of TFG (Ye et al. 2024), with its factors for what it
+    turns: 2 for ``rho`` and ``mu``, 10 for ``sigma``. Its start and its caps (8, 8 and 1) are fixed
+    values; here a search starts from the experiment's own, and a knob ends ``trials`` steps on.
 
     Args:
         names: fields with commas between; all strengths by default.
         begin: the first value, as a multiple of the guidance's own. What counts something starts
             where it is.
-        factor: from one value to the next.
+        factor: from one value to the next; by default TFG's for what TFG turns, else 2.
         trials: settings that will be tried, which a line has as many values as.
 
     Raises:
@@ -70,6 +76,6 @@ def started(guidance: Guidance, knobs: Sequence[Knob], begin: float) -> Guidance
     return configured(guidance, first)
 
 
-def _knob(guidance: Guidance, field: str, begin: float, factor: float, trials: int) -> Knob:
-    first = first_value(guidance, field, begin)
+def _knob(guidance: Guidance, field: str, begin: float, factor: float | None, trials: int) -> Knob:
+    first, factor = first_value(guidance, field, begin), factor or FACTORS.get(field, 2.0)
     return Knob(field, first * factor ** (trials - 1), factor)

@@ -45,7 +45,7 @@ class SearchTrainer(FewstepTrainer):
         trials: int = 6,
         num_samples: int = 128,
         begin: float = 0.25,
-        factor: float = 2.0,
+        factor: float | None = None,
         knobs: str | None = None,
         max_distance: float | None = None,
         seed: int = 1000,
@@ -60,7 +60,7 @@ class SearchTrainer(FewstepTrainer):
             trials: Settings to try.
             num_samples: Samples of each at each number of steps.
             begin: The first setting, as a multiple of the experiment's numbers.
-            factor: By which the next is larger.
+            factor: By which the next is larger; 10 for smoothing.scale and 2 else by default.
             knobs: Fields of the guidance, with commas between; all strengths by default.
             max_distance: How much farther from data than unguided samples a winner's may be.
             seed: Seed of the noise.

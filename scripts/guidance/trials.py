@@ -82,7 +82,9 @@ class Tuning:
         Raises:
             FewstepError: if guidance diverged.
         """
-        self.module.steer(replace(self.steering, guidance=guidance))
+        plain = replace(self.steering, guidance=None, candidates=1)
+        steering = plain if guidance is None else replace(self.steering, guidance=guidance)
+        self.module.steer(steering)
         role, target = self.module.sampling_roles()[0], self.target()
         pieces: list[Tensor] = []
         costs, self.looks = Costs(0, 0, 0), []

@@ -14,6 +14,7 @@ from torch.nn import Parameter
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
 from scripts.plan.data import Data, data_of, example_batch
+from scripts.plan.host import HostMemory, host_memory
 from scripts.plan.judges import decoder_on_meta
 from scripts.plan.roles import build_without_weights
 from scripts.plan.shards import gathered, sharded_roles, share
@@ -53,6 +54,7 @@ class Plan:
         step: what the passes cost a device; None where they could not be tried.
         gathered: bytes of the largest part that FSDP2 has whole on a device at a time.
         buckets: bytes in which DDP averages gradients.
+        host: what each machine's own memory holds.
         notes: what else a reader must know, a sentence each.
     """
 
@@ -67,6 +69,7 @@ class Plan:
     step: StepCost | None
     gathered: int
     buckets: int
+    host: HostMemory
     notes: list[str]
 
     @property
@@ -104,6 +107,7 @@ def plan_of(
     strategy: Strategy = "ddp",
     precision: str = "32-true",
     replicas: int = 1,
+    devices_per_node: int = 8,
 ) -> Plan:
     """Finds out what an experiment will cost, with neither weights nor a device.
 
@@ -115,6 +119,7 @@ def plan_of(
         precision: Lightning's name of it.
         replicas: copies of sharded roles, as :class:`~lightning_modules.parallel.ShardedStrategy`
             has them.
+        devices_per_node: at most so many of them are in one machine.
 
     Raises:
         FewstepError: if the teacher's architecture is not to be found, or the devices cannot be
@@ -122,6 +127,7 @@ def plan_of(
     """
     shares = _shares(devices, strategy, replicas)
     notes, data = build_without_weights(model, precision), data_of(datamodule)
+    host = host_memory(model, min(devices, devices_per_node))
     step: StepCost | None = None
     try:
         notes += decoder_on_meta(model)
@@ -148,6 +154,7 @@ def plan_of(
         step=step,
         gathered=gathered(model, gathered_in(precision)) if shares > 1 else 0,
         buckets=max(role.gradients for role in roles) if replicated else 0,
+        host=host,
         notes=notes,
     )
 

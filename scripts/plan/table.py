@@ -7,6 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from scripts.plan.costs import Plan, RolePlan
+from scripts.plan.host import HostMemory
 
 HEADER = (
     "role",
@@ -35,7 +36,8 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 
 def format_plan(plan: Plan) -> str:
     """A plan as lines for a terminal."""
-    blocks = [_head(plan), _roles(plan.roles), _memory(plan), _work(plan), _caveats(plan)]
+    memory = _memory(plan), _host(plan.host)
+    blocks = [_head(plan), _roles(plan.roles), *memory, _work(plan), _caveats(plan)]
     return "\n\n".join("\n".join(block) for block in blocks)
 
 
@@ -117,6 +119,17 @@ def _memory(plan: Plan) -> list[str]:
         lines.append(_entry("  and the gradients being averaged", size_text(plan.buckets)))
     without = "" if plan.step is not None else " without activations"
     return [*lines, _entry(f"total{without}", size_text(plan.total))]
+
+
+def _host(host: HostMemory) -> list[str]:
+    ranks = "1 rank" if host.ranks == 1 else f"{host.ranks} ranks, each of which builds all roles"
+    lines = [
+        f"Memory of the host, a node ({ranks})",
+        _entry("while building, roles in float32", size_text(host.building)),
+    ]
+    if host.text is not None:
+        lines.append(_entry("text encoders, where prompts are encoded", size_text(host.text)))
+    return lines
 
 
 def _work(plan: Plan) -> list[str]:

@@ -5,9 +5,8 @@
 {{run}}
 rm -f "$run/PREEMPT" "$run/slurm/exit"
 
-# SLURM signals this shell alone, {{signal_before}} s before it takes the nodes away: a signal to
-# all processes would kill data-loading workers. The first rank finds the file; then all ranks save
-# after the same update, and the first leaves with status 75.
+# SLURM signals this shell alone, {{signal_before}} s before it takes the nodes away. The first rank
+# finds the file; then all ranks save after the same update, and the first leaves with status 75.
 trap 'touch "$run/PREEMPT"' USR1
 
 {{setup}}

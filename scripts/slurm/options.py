@@ -118,7 +118,8 @@ def add_resources(group: Any) -> None:
     number = whole(1)
     group.add_argument("--nodes", type=number, default=1)
     group.add_argument("--gpus-per-node", type=whole(0), default=1, help="ranks a node; 0 is CPU")
-    group.add_argument("--cpus-per-gpu", type=number, help="processor cores a rank")
+    group.add_argument("--cpus-per-gpu", type=number,
+        help="processor cores a rank; by default its num_workers and two more")  # fmt: skip
     group.add_argument("--signal-before", type=number, default=120, metavar="SECONDS",
         help="how long before its end a job is told to save (120)")  # fmt: skip
     for name in ("mem", "time", "partition", "account", "qos", "constraint"):

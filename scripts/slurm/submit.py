@@ -14,6 +14,7 @@ from pathlib import Path
 from fewstep.errors import FewstepError
 from scripts.cli import FewstepCLI
 from scripts.runs import place_new_run
+from scripts.slurm.cores import with_cores
 from scripts.slurm.options import Options
 from scripts.slurm.queue import queued
 from scripts.slurm.script import batch_script
@@ -64,7 +65,8 @@ def submit(options: Options, fit_arguments: list[str]) -> None:
             still being trained, or if SLURM is missing or refuses.
     """
     tasks = checked_tasks(options, fit_arguments)
-    script = batch_script(options, tasks[0].name, [t.run for t in tasks], tasks[0].first_checkpoint)
+    asked = with_cores(options, [task.experiment.config.fit.get("data") for task in tasks])
+    script = batch_script(asked, tasks[0].name, [t.run for t in tasks], tasks[0].first_checkpoint)
     if options.dry_run:
         print(script, end="")
         return
@@ -214,7 +216,10 @@ def sbatch(script: Path) -> str:
     )
     if done.returncode != 0:
         said = done.stderr.strip().removeprefix("sbatch: error: ")
-        raise FewstepError(f"SLURM refuses the job: {said}. --dry-run shows the script.")
+        raise FewstepError(
+            f"SLURM refuses the job: {said}. --dry-run shows the script; --cpus-per-gpu and --mem "
+            "ask for less."
+        )
     return done.stdout.strip().split(";")[0]
 
 

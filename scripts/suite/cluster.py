@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from fewstep.errors import FewstepError
+from scripts.slurm.cores import with_cores
 from scripts.slurm.options import Options
 from scripts.slurm.script import batch_script, fewstep_command
 from scripts.slurm.submit import record_job, sbatch
@@ -100,7 +101,8 @@ def array_script(
     """The batch script of an array: the one of ``fewstep submit``, with a task for each run."""
     more = [f"--dependency={dependency}", "--kill-on-invalid-dep=yes"] if dependency else []
     tasks = str(len(cells)) + (f"%{at_once}" if at_once else "")
-    asked = replace(options, sbatch=[*options.sbatch, *more], array=tasks)
+    sized = with_cores(options, [cell.asked.config.get("data") for cell in cells])
+    asked = replace(sized, sbatch=[*options.sbatch, *more], array=tasks)
     command = [fewstep_command(options), "suite", '--task "$run"']
     return batch_script(asked, plan.suite.name, [c.folder.absolute() for c in cells], None, command)
 

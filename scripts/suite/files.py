@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from fewstep.errors import FewstepError, nearest
-from scripts.experiments import SUITES, experiments_root, short_name
+from scripts.experiments import SUITES, experiments_roots, short_name
 
 TEACHER_KEY = "model.init_args.teacher"
 SHARED_KEYS = ("seeds", "set", "grid", "steps")
@@ -66,11 +66,12 @@ def find_suite(name: str) -> Path:
     Raises:
         FewstepError: naming the most similar suite there is.
     """
-    folder = experiments_root() / SUITES
-    for candidate in (Path(name), folder / name, folder / f"{name}.yaml", Path(f"{name}.yaml")):
+    folders = [root / SUITES for root in experiments_roots()]
+    below = [folder / file for folder in folders for file in (name, f"{name}.yaml")]
+    for candidate in (Path(name), *below, Path(f"{name}.yaml")):
         if candidate.is_file():
             return candidate
-    known = sorted(path.stem for path in folder.glob("*.yaml"))
+    known = sorted({path.stem for folder in folders for path in folder.glob("*.yaml")})
     hint = nearest(name.removesuffix(".yaml").rpartition("/")[2], known)
     raise FewstepError(f"There is no suite '{name}'.{hint} Known: {', '.join(known)}.")
 

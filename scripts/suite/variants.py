@@ -14,11 +14,10 @@ from typing import Any
 import yaml
 
 from fewstep.errors import FewstepError, nearest
+from scripts.callback_options import CALLBACKS, class_name, with_callbacks
 from scripts.report.data import CONFIG_FILE
 from scripts.slurm.submit import CheckedExperiment
 from scripts.suite.files import Entry, Suite, keys_of
-
-CALLBACKS = "trainer.callbacks"
 
 
 @dataclass(eq=False)
@@ -232,7 +231,8 @@ def nested(settings: Mapping[str, Any]) -> dict[str, Any]:
 def measured_steps(variant: Variant, config: Mapping[str, Any]) -> list[int] | None:
     """The step counts to measure at, if the suite says so and the method serves them.
 
-    A method that serves one number of steps keeps it where the suite asks all methods for several.
+    A method that serves one number of steps keeps it where the suite asks all methods for several;
+    so does a student of one phase, which serves more where its own entry asks for them.
 
     Raises:
         FewstepError: if the entry itself asks for steps that its method does not serve.
@@ -241,41 +241,14 @@ def measured_steps(variant: Variant, config: Mapping[str, Any]) -> list[int] | N
     if not entry.steps:
         return None
     phases, points = options.get("num_phases"), options.get("num_grid_points")
-    if phases and not options.get("allow_untrained_steps"):
+    renoised = phases == 1 and entry.own_steps
+    if phases and not renoised and not options.get("allow_untrained_steps"):
         served = [steps for steps in entry.steps if steps == phases]
         serves = f"{phases}, as many as it has phases"
     else:
-        most = phases or points or max(entry.steps)
+        most = (None if renoised else phases) or points or max(entry.steps)
         served = [steps for steps in entry.steps if steps <= most]
         serves = f"1 to {most}"
     if entry.own_steps and len(served) < len(entry.steps):
         raise FewstepError(f"steps {list(entry.steps)}: this student serves {serves}.")
     return served or None
-
-
-def with_callbacks(callbacks: list[dict[str, Any]], changes: Mapping[str, Any]) -> list[Any]:
-    """A list of callbacks in which ``trainer.callbacks.Evaluation.num_samples`` and such are set.
-
-    Raises:
-        FewstepError: for a callback that is not in the list.
-    """
-    changed = [{**c, "init_args": dict(c.get("init_args") or {})} for c in callbacks or []]
-    by_name = {class_name(callback): callback["init_args"] for callback in changed}
-    for key, value in changes.items():
-        name, _, option = key.removeprefix(f"{CALLBACKS}.").partition(".")
-        if name not in by_name or not option:
-            raise FewstepError(
-                f"'{key}' sets no callback of this experiment.{nearest(name, by_name)} It has: "
-                f"{', '.join(by_name)}; write {CALLBACKS}.{next(iter(by_name), 'NAME')}.OPTION."
-            )
-        *folders, last = option.split(".")
-        target = by_name[name]
-        for folder in folders:
-            target = target.setdefault(folder, {})
-        target[last] = value
-    return changed
-
-
-def class_name(callback: Mapping[str, Any]) -> str:
-    """The last part of a ``class_path``."""
-    return str(callback["class_path"]).rpartition(".")[2]

@@ -15,7 +15,7 @@ from PIL import Image
 
 from callbacks import GateReport
 from callbacks.charts import COLOUR, HEIGHT, bar_charts
-from callbacks.gates import read_gate_report
+from callbacks.gates import STREAMS, read_gate_report
 from fewstep.errors import FewstepError
 from fewstep.networks.gates import gate_tensors, gate_values
 from lightning_modules import FewStepModule
@@ -63,7 +63,14 @@ class Blocks(pl.Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         block = pl_module.get_submodule(f"{STACK}.1")
         self.passes: list[Any] = []
+        self.gated: dict[str, list[Any]] = {"attn1.to_out.0": [], "ff.net.2": []}
         block.register_forward_hook(self.note)
+        for name, outputs in self.gated.items():
+            hook = partial(self.note_layer, outputs)
+            block.get_submodule(name).register_forward_hook(hook)
+
+    def note_layer(self, outputs: list[Any], layer: Any, args: Any, output: Any) -> None:
+        outputs.append(output.detach())
 
     def note(self, block: Any, args: Any, output: Any) -> None:
         args[0].retain_grad()
@@ -84,6 +91,11 @@ def test_streams_are_those_of_the_first_micro_batch(tmp_path: Path) -> None:
         assert row["ratio"] == pytest.approx(ratio.item(), rel=1e-4)
         slope = given.grad.square().mean().sqrt()
         assert row["gradient"] == pytest.approx(slope.item(), rel=1e-5) != 0
+        (branch,) = [name for name in blocks.gated if name in row["gate"]]
+        added = blocks.gated[branch][0]
+        assert row["unit"] == pytest.approx((added.square().mean().sqrt() / rms).item(), rel=1e-5)
+        cosine = (added * given).sum() / (added.norm() * given.norm())
+        assert row["cosine"] == pytest.approx(cosine.item(), abs=1e-6) != 0
 
 
 @pytest.mark.parametrize("options", [{"checkpoint_activations": True}, {"train_only": "gates"}])
@@ -96,7 +108,7 @@ def test_recomputation_and_frozen_weights_leave_the_numbers_as_they_are(
         read_gate_report(tmp_path / "plain"), read_gate_report(tmp_path / "other"), strict=True
     )
     for number, (plain, other) in enumerate(pairs):
-        names = ["stream", "ratio", *(["gradient"] if number > 1 else [])]
+        names = ["stream", "ratio", "unit", "cosine", *(["gradient"] if number > 1 else [])]
         assert [other[n] for n in names] == pytest.approx([plain[n] for n in names], rel=1e-5)
 
 
@@ -116,7 +128,7 @@ def test_training_is_the_same_with_and_without_and_is_watched_in_reports_alone(
         trainer.fit(module, data_for("gated"))
     for watched, alone in zip(*(m.state_dict().values() for m in modules), strict=True):
         assert torch.equal(watched, alone)
-    assert [count - hooks[0] for count in hooks] == [0, 2, 0, 2]
+    assert [count - hooks[0] for count in hooks] == [0, 6, 0, 6]  # of 2 blocks and 4 layers
 
 
 def test_a_resumed_run_writes_its_updates_once(tmp_path: Path) -> None:
@@ -128,6 +140,28 @@ def test_a_resumed_run_writes_its_updates_once(tmp_path: Path) -> None:
     assert [row["update"] for row in read_gate_report(tmp_path)[::4]] == [1, 2, 3, 4, 6]
 
 
+def test_reports_of_before_a_column_was_added_are_read_and_go_on(tmp_path: Path) -> None:
+    trainer = fit(tmp_path, method("gated"), 2, every=1)
+    trainer.save_checkpoint(tmp_path / "at_2.ckpt")
+    path = tmp_path / "gates" / "values.csv"
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    with path.open("w", newline="") as file:
+        old = csv.DictWriter(
+            file,
+            [name for name in rows[0] if name not in ("unit", "cosine")],
+            extrasaction="ignore",
+        )
+        old.writeheader()
+        old.writerows(rows)
+    assert all(row["unit"] is row["cosine"] is None for row in read_gate_report(tmp_path))
+    fit(tmp_path, method("gated"), 3, every=1, ckpt_path=tmp_path / "at_2.ckpt")
+    found = read_gate_report(tmp_path)
+    assert [row["update"] for row in found] == [1] * 4 + [2] * 4 + [3] * 4
+    assert [row["unit"] is None for row in found] == [True] * 8 + [False] * 4
+    assert [row["ratio"] for row in found[:8]] == [float(row["ratio"]) for row in rows]
+
+
 def test_loggers_get_scalars(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path, name="", version="")
     trainer = trainer_of("single", 1, 1, GateReport(1), folder=tmp_path)
@@ -137,7 +171,7 @@ def test_loggers_get_scalars(tmp_path: Path) -> None:
         *_, row = csv.DictReader(file)
     header = row.keys()
     gate = "student.transformer_blocks.0.ff.net.2.rdm_gate"
-    assert {f"gates/{kind}/{gate}" for kind in ("alpha", "beta", "ratio")} <= set(header)
+    assert {f"gates/{kind}/{gate}" for kind in ("alpha", "ratio", "unit", "cosine")} <= set(header)
 
 
 def _report_of_two(folder: Path, kind: str) -> tuple[Rows, dict[str, Any]]:
@@ -171,7 +205,7 @@ def test_what_cannot_be_seen_is_said(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "their streams stay unseen" in capsys.readouterr().out
     for row in read_gate_report(tmp_path / "compiled"):
         assert row["alpha"] is not None
-        assert row["stream"] is row["ratio"] is row["gradient"] is None
+        assert all(row[kind] is None for kind in STREAMS)
 
 
 def test_options_and_files_that_are_wrong_are_named(tmp_path: Path) -> None:

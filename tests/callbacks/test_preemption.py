@@ -254,6 +254,7 @@ def test_requeueing_is_left_to_the_batch_script(
 
     class Trainer:
         strategy = Strategy()
+        callbacks = ()
 
     Preemption().setup(Trainer(), None, "fit")  # type: ignore[arg-type]
     assert not environment.auto_requeue

@@ -102,6 +102,32 @@ def test_latents_captions_and_embeddings_come_from_the_keys_that_are_configured(
     assert batch["cond"]["encoder_hidden_states"][:, 0, 0].tolist() == order
 
 
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_batches_say_where_each_crop_lies(tmp_path: Path, num_workers: int) -> None:
+    members = {}
+    for number in range(6):
+        # Every pixel tells its own column.
+        columns = np.arange(20 + number, dtype=np.uint8)[None, :, None]
+        pixels = np.broadcast_to(columns, (10, 20 + number, 3))
+        members[f"{number}.png"] = encoded(np.ascontiguousarray(pixels))
+    write_tar(tmp_path / "0.tar", members)
+    data = shards(
+        tmp_path,
+        sample=Images(size=10, channels=1, crop="random", time_ids=True),
+        conditions={},
+        batch_size=6,
+        num_workers=num_workers,
+    )
+    (batch,) = read(data, "train", 1)
+    told = batch["cond"]["time_ids"]
+    assert told.shape == (6, 6)
+    assert told[:, 1].tolist() == [20 + int(key) for key in batch["key"]]
+    first = (batch["sample"][:, 0, 0, 0] + 1) * 127.5
+    assert (told[:, 3] - first).abs().max() <= 1
+    assert len(set(told[:, 3].tolist())) > 1
+    assert data.reference_conditions(range(2)).cond == {}
+
+
 def npy(values: Any) -> bytes:
     buffer = io.BytesIO()
     np.save(buffer, values)

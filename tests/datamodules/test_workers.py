@@ -16,7 +16,7 @@ import torch
 from torch.utils.data import Dataset
 
 from datamodules.streaming import Loader
-from datamodules.workers import end_when_unsent, explained
+from datamodules.workers import explained, prepare_worker
 from fewstep.errors import FewstepError
 
 from shard_files import FakeTrainer, shards
@@ -50,7 +50,7 @@ class Rows(Dataset[Any]):
 
 
 def loader(then: Any = None) -> Loader:
-    made = Loader(Rows(then), batch_size=None, num_workers=2, worker_init_fn=end_when_unsent)
+    made = Loader(Rows(then), batch_size=None, num_workers=2, worker_init_fn=prepare_worker)
     made.timeout = 60  # a test that would hang fails
     return made
 

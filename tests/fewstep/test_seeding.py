@@ -3,9 +3,16 @@ from __future__ import annotations
 import itertools
 
 import numpy as np
+import pytest
 import torch
 
-from fewstep.seeding import derived_seed, normal_like, numpy_generator, torch_generator
+from fewstep.seeding import (
+    derived_seed,
+    global_generators,
+    normal_like,
+    numpy_generator,
+    torch_generator,
+)
 
 
 def test_seeds_differ_in_every_argument() -> None:
@@ -36,6 +43,43 @@ def test_generators_repeat_and_do_not_touch_the_global_state() -> None:
     assert rows[0] == rows[1] != rows[2]
     assert torch.equal(torch.get_rng_state(), torch_state)
     assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_layers_that_draw_by_themselves_repeat_what_they_drew() -> None:
+    def masks(*counters: int) -> list[torch.Tensor]:
+        with global_generators(1, "layers", *counters):
+            return [torch.nn.functional.dropout(torch.ones(40)) for _ in range(2)]
+
+    before = torch.get_rng_state()
+    first = masks(3, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    torch.rand(7)
+    assert all(torch.equal(a, b) for a, b in zip(first, masks(3, 0), strict=True))
+    different = [first[0], first[1], masks(4, 0)[0], masks(3, 1)[0]]
+    assert len({tuple(mask.tolist()) for mask in different}) == 4
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_devices_own_numbers_repeat_without_waiting_for_it() -> None:
+    ones = torch.ones(40, device="cuda")
+
+    def mask() -> torch.Tensor:
+        with global_generators(1, "layers", 3, 0, device="cuda"):
+            return torch.nn.functional.dropout(ones)
+
+    before = torch.cuda.get_rng_state()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        first, _, second = mask(), torch.rand(7, device="cuda"), mask()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.equal(first, second)
+    assert not torch.equal(torch.cuda.get_rng_state(), before)  # by the numbers in between alone
+    with torch.random.fork_rng(devices=[0]):
+        torch.cuda.set_rng_state(before)
+        torch.rand(7, device="cuda")
+        expected = torch.cuda.get_rng_state()
+    assert torch.equal(torch.cuda.get_rng_state(), expected)
 
 
 def test_neighbouring_streams_are_uncorrelated() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader
 
 from fewstep.contracts import Batch
 from fewstep.diffusion import Cond, Denoiser, FlowSchedule, ode_sample
@@ -24,11 +25,13 @@ from lightning_modules import (
 )
 from lightning_modules.consistency_distillation import ConsistencyDraws
 from lightning_modules.roles import load_teacher
+from scripts.plan.roles import build_without_weights
 
 from post_training import Flow, digits, flow
+from rings import quiet_trainer
 from tiny_students import save_student
-from tiny_transformers import SAVES
-from training_runs import teacher
+from tiny_transformers import SAVES, save_wan
+from training_runs import teacher, video_teacher
 
 
 def test_each_network_starts_from_the_weights_of_the_stage_before(tmp_path: Path) -> None:
@@ -55,6 +58,44 @@ def test_each_network_starts_from_the_weights_of_the_stage_before(tmp_path: Path
     kept = [p.data_ptr() for p in module.parameters()]
     assert len(kept) == len(set(kept))
     assert set(module.provenance) == {"start", "teacher"}
+
+
+def test_a_stage_on_videos_starts_from_one_on_images(tmp_path: Path) -> None:
+    folder, image = save_wan(tmp_path / "wan"), tmp_path / "image.ckpt"
+    one, five = (Pretrained(str(folder), (16, 16), frames=frames) for frames in (1, 5))
+    first = save_student(AdversarialPostTraining(one, one), image)
+    assert first.sample_shape == (4, 1, 2, 2)
+    video = AdversarialPostTraining(str(image), five)
+    video.configure_model()
+    assert video.sample_shape == (4, 2, 2, 2)
+    wanted = load_denoiser(image, "ema").denoiser.state_dict()
+    for name, value in video.student.state_dict().items():
+        assert torch.equal(value, wanted[name])
+
+    width = video.student.backbone.config["null"]["encoder_hidden_states"][1:]
+    batch = {
+        "sample": torch.randn(2, 4, 2, 2, 2),
+        "cond": {"encoder_hidden_states": torch.randn(2, *width)},
+        "key": ["a", "b"],
+    }
+    trainer = quiet_trainer(tmp_path, [], 1)
+    trainer.fit(video, DataLoader([batch], batch_size=None), weights_only=True)  # type: ignore[arg-type]
+    weights = video.student.state_dict()
+    assert any(not torch.equal(value, wanted[name]) for name, value in weights.items())
+    trainer.save_checkpoint(tmp_path / "video.ckpt")
+    loaded = load_denoiser(tmp_path / "video.ckpt", "student").denoiser
+    assert loaded.sample_shape == (4, 2, 2, 2)
+    assert all(torch.equal(value, weights[name]) for name, value in loaded.state_dict().items())
+
+    planned = AdversarialPostTraining(str(image), five)
+    build_without_weights(planned)
+    assert planned.sample_shape == (4, 2, 2, 2)
+    assert all(weight.is_meta for weight in planned.student.parameters())
+
+
+def test_a_start_of_another_network_is_refused() -> None:
+    with pytest.raises(FewstepError, match=r"`start` does not fit `teacher`\. This is DiT"):
+        AdversarialPostTraining(teacher, video_teacher).configure_model()
 
 
 def test_a_guidance_range_of_one_value_is_constant_guidance() -> None:

@@ -89,3 +89,27 @@ def test_a_family_is_trained_by_every_method(
     folders: dict[str, Path], tmp_path: Path, name: str, method: str
 ) -> None:
     train_and_sample(name, folders[name], method, tmp_path)
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_sdxl_learns_each_picture_as_the_crop_that_the_data_say(
+    folders: dict[str, Path], tmp_path: Path, told: bool
+) -> None:
+    crops = [[64, 48, 8, 0, 16, 16], [1999, 3001, 0, 5, 16, 16]]  # as in half precision nothing is
+    data = Captioned(torch.zeros(2, 3, 16, 16))
+    if told:
+        data.batch["cond"] = {"time_ids": torch.tensor(crops)}
+    module = made("lcm", Pretrained(str(folders["sdxl"]), (16, 16)))
+    module.configure_model()
+    seen: list[list[list[float]]] = []
+
+    def note(network: Any, inputs: Any, given: Any) -> None:
+        seen.append(given["added_cond_kwargs"]["time_ids"].tolist())
+
+    networks: Any = [module.student.backbone, module.teacher.backbone]
+    for backbone in networks:
+        backbone.network.register_forward_pre_hook(note, with_kwargs=True)
+    trained(module, data, tmp_path, updates=1)
+    expected = crops if told else [[16, 16, 0, 0, 16, 16]] * 2
+    # The teacher's conditional and unconditional branch in one pass; the student and its target.
+    assert seen == [expected * 2, expected, expected]

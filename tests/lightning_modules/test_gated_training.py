@@ -111,6 +111,72 @@ def test_gates_with_a_rate_of_zero_stay_where_they_start_and_all_else_is_trained
     assert alphas == pytest.approx([0.5] * 4)
 
 
+class Gates(pl.Callback):
+    """What all gates are after each update."""
+
+    def __init__(self) -> None:
+        self.seen: list[list[torch.Tensor]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: Any, *args: Any) -> None:
+        self.seen.append([whole(p) for p in gate_parameters(module.student)])
+
+
+def test_gates_wait_where_they_start_as_long_as_they_are_held_also_when_resumed(
+    tmp_path: Path,
+) -> None:
+    def fitted(updates: int, resume: Path | None = None) -> tuple[pl.Trainer, Any, Gates]:
+        pl.seed_everything(0, verbose=False)
+        module, gates = method("gated", gates_hold=3, gates_lr=1.0), Gates()
+        trainer = trainer_of("single", 1, updates, gates)
+        trainer.fit(module, data_for("gated"), ckpt_path=resume, weights_only=True)
+        return trainer, module, gates
+
+    start = method("gated")
+    start.configure_model()
+    first = gate_parameters(start.student)
+    _, module, gates = fitted(5)
+    for number, seen in enumerate(gates.seen, 1):
+        assert all(map(torch.equal, seen, first)) == (number <= 3), number
+    moved = dict(module.student.named_parameters())
+    for name, value in start.student.named_parameters():
+        assert not torch.equal(moved[name], value), name
+    for at, held in ((2, 1), (3, 0)):
+        trainer, _, _ = fitted(at)
+        trainer.save_checkpoint(tmp_path / f"{at}.ckpt")
+        _, _, again = fitted(5, tmp_path / f"{at}.ckpt")
+        assert len(again.seen) == 5 - at
+        for number, (seen, wanted) in enumerate(zip(again.seen, gates.seen[at:], strict=True), 1):
+            assert all(map(torch.equal, seen, wanted))
+            assert all(map(torch.equal, seen, first)) == (number <= held)
+
+
+@pytest.mark.parametrize("steps", [0, 3])
+def test_held_gates_follow_the_schedule_of_all_others_once_they_move(steps: int) -> None:
+    optimizer = partial(torch.optim.AdamW, lr=1e-3)
+    module = method("lcm", gates=ResidualGates(), gates_lr=5.0, gates_hold=3, optimizer=optimizer)
+    module.configure_model()
+    module._trainer = trainer_of("single", 1, 10)
+    (made,), (schedule,) = module.configure_optimizers()
+    for _ in range(steps):
+        made.step()
+        schedule.step()
+    others, gates = schedule.get_last_lr()
+    assert others > 0
+    assert gates == pytest.approx(0.0 if steps < 3 else 5 * others)
+
+
+def test_a_run_says_where_its_gates_are_once(capsys: pytest.CaptureFixture[str]) -> None:
+    module = method("teacher", gates=ResidualGates(include=["attn1"], init="ode"))
+    trainer_of("single", 1, 1).fit(module, data_for("teacher"))
+    told = capsys.readouterr().out
+    assert told.count("Gates on the student:\n  2 x transformer_blocks.0-1.attn1.to_out.0.") == 1
+    assert "2 gates with 34 parameters: mode alpha_beta at the branch level, init ode" in told
+    assert "ff" not in told
+    method("gated").configure_model()  # as a plan or an export does
+    trainer_of("single", 1, 1).fit(method("teacher"), data_for("teacher"))
+    assert "Gates on" not in capsys.readouterr().out
+
+
 def untrained(**options: Any) -> FewStepModule:
     network = partial(DiT, 8, 1, num_layers=2, num_heads=2, head_dim=8)
     return DiffusionTraining(network, VPSchedule(), "v_prediction", **options)
@@ -142,6 +208,8 @@ def test_a_gated_teacher_gives_its_student_gates() -> None:
         (lambda: ConsistencyDistillation(gated_teacher, 20, gates=GATES), "leave out `gates`"),
         (lambda: method("lcm", lora=LoRA(rank=2), gates=GATES), "leave out `lora`"),
         (lambda: method("lcm", lora=LoRA(rank=2), train_only="gates"), "leave out `lora`"),
+        (lambda: method("gated", gates_hold=-1), "from 0 on, not -1"),
+        (lambda: method("gated", gates_hold=9, train_only="gates"), "in the 9 updates"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(

@@ -148,6 +148,25 @@ def test_a_lora_run_resumes_exactly(folder: Path, tmp_path: Path) -> None:
         assert torch.equal(rest[name], value), name
 
 
+def test_masks_of_dropout_are_drawn_again_when_a_run_resumes(folder: Path, tmp_path: Path) -> None:
+    def fit(updates: int, seed: int, resume: str | None = None, dropout: float = 0.5) -> Any:
+        torch.manual_seed(seed)
+        lora = LoRA(rank=4, dropout=dropout)
+        module = ConsistencyDistillation(source(folder), 50, lora=lora, ema_decay=0.9)
+        trainer = quiet_trainer(tmp_path, [], updates)
+        trainer.fit(module, pictures(), ckpt_path=resume, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{updates}.ckpt")
+        return module.state_dict()
+
+    whole = fit(3, 1)
+    fit(2, 2)
+    rest = fit(3, 3, str(tmp_path / "2.ckpt"))
+    for name, value in whole.items():
+        assert torch.equal(rest[name], value), name
+    without = fit(3, 1, dropout=0.0)
+    assert any(not torch.equal(without[name], value) for name, value in whole.items())
+
+
 def test_a_changed_base_is_refused(folder: Path, tmp_path: Path) -> None:
     module = ConsistencyDistillation(source(folder), 50, lora=SMALL)
     trainer = quiet_trainer(tmp_path, [], 1)

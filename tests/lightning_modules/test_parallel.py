@@ -12,9 +12,10 @@ import torch
 
 from fewstep.errors import FewstepError
 from fewstep.networks.loading import load_denoiser, newest_checkpoint
+from fewstep.networks.lora import LoRA
 
 from ranks import run_ranks
-from training_runs import run, trained
+from training_runs import assert_same_run, run, trained
 
 
 @pytest.mark.parametrize(
@@ -44,6 +45,17 @@ def test_two_ranks_train_as_one_device_does(kind: str, name: str, accumulate: in
         assert mine == pytest.approx(expected_losses, rel=1e-3, abs=1e-5)
 
 
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
+def test_ranks_of_which_only_some_generate_trajectories_train_adapters_as_one_device_does(
+    kind: str,
+) -> None:
+    """A video in four is generated, so that some updates have none of them on one of the ranks."""
+    options = {"lora": LoRA(rank=2), "generated_share": 0.25}
+    (alone,) = trained(1, "single", "mcm", **options)
+    for rank in trained(2, kind, "mcm", **options):
+        assert_same_run(rank, alone)
+
+
 def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
@@ -51,11 +63,17 @@ def assert_equal(found: dict[str, Any], expected: dict[str, Any]) -> None:
 
 
 WORLD = {"single": 1, "ddp": 2, "fsdp": 2}
+KILLED_FAST = {("single", "mcm"), ("single", "apt")}  # the rest by other tests of resumption
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["teacher", "lcm", "pcm", "adversarial", "mcm", "apt"])
-@pytest.mark.parametrize("kind", ["single", "ddp", "fsdp"])
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=() if (kind, name) in KILLED_FAST else pytest.mark.slow)
+        for kind in WORLD
+        for name in ("teacher", "lcm", "pcm", "adversarial", "mcm", "apt")
+    ],
+)
 def test_a_killed_run_is_bit_equal_to_the_undisturbed_one(
     tmp_path: Path, kind: str, name: str
 ) -> None:

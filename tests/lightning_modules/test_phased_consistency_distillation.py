@@ -18,6 +18,7 @@ from fewstep.diffusion import (
     PhaseSchedule,
     TimeGrid,
     VPSchedule,
+    consistency_sample,
     ode_sample,
     phased_sample,
 )
@@ -25,6 +26,7 @@ from fewstep.errors import FewstepError
 from fewstep.networks import RingMixture
 from fewstep.seeding import torch_generator
 from lightning_modules import PhasedConsistencyDistillation
+from lightning_modules.chains import chain_of
 
 Make = Callable[[], Denoiser]
 MEAN, STD = 1.3, 0.6
@@ -243,6 +245,40 @@ def test_step_counts_the_phases_do_not_serve_are_refused_with_advice(teacher: Ma
     assert module.step_counts() == [4]
 
 
+@pytest.mark.parametrize("stochasticity", [0.0, 0.5])
+def test_one_phase_is_sampled_in_several_steps_as_a_consistency_model(
+    teacher: Make, stochasticity: float
+) -> None:
+    options: dict[str, Any] = {"num_grid_points": 40, "stochasticity": stochasticity}
+    module = PhasedConsistencyDistillation(teacher, num_phases=1, **options)
+    module.configure_model()
+    noise, cond = torch.randn(3, 1, 8, 8), {"class_labels": torch.arange(3)}
+    times = torch.tensor([999.0, 749, 499, 249, 0])
+    expected = consistency_sample(module.student, noise, cond, times, torch_generator(0, "renoise"))
+    sampled = module.sample(noise, cond, 4, torch_generator(0, "renoise"))
+    torch.testing.assert_close(sampled, expected)
+    once = ode_sample(module.student, noise, cond, times[[0, -1]])
+    torch.testing.assert_close(module.sample(noise, cond, 1), once)
+    assert module.step_counts() == [1]
+    with pytest.raises(FewstepError, match="serves 1 to 40 steps, not 41"):
+        module.sample(noise, cond, 41)
+
+
+@pytest.mark.parametrize(("num_phases", "num_steps"), [(1, 1), (1, 4), (4, 4)])
+def test_a_checkpoints_record_is_sampled_as_its_run(
+    teacher: Make, num_phases: int, num_steps: int
+) -> None:
+    module = PhasedConsistencyDistillation(teacher, num_phases=num_phases, num_grid_points=40)
+    module.configure_model()
+    record = {"method": "PhasedConsistencyDistillation", **module.method_metadata()}
+    chain = chain_of(record, module.schedule, num_steps)
+    assert chain.renoise == (num_phases == 1 and num_steps > 1)
+    noise, cond = torch.randn(2, 1, 8, 8), {"class_labels": torch.arange(2)}
+    sampled = module.sample(noise, cond, num_steps, torch_generator(0, "renoise"))
+    again = chain.sample(module.student, noise, cond, torch_generator(0, "renoise"))
+    assert torch.equal(sampled, again)
+
+
 def test_checkpoints_record_the_edges(teacher: Make) -> None:
     module = PhasedConsistencyDistillation(teacher, num_phases=8, num_grid_points=50)
     module.configure_model()
@@ -275,19 +311,27 @@ def test_heads_that_say_zero_give_the_chance_levels_two_and_one(
     assert float(student.loss) == pytest.approx(float(student.logs["consistency"]) + 0.1)
 
 
-def test_each_loss_trains_only_its_own_role(teacher: Make, digit_batch: Batch) -> None:
+def test_each_loss_trains_its_role_and_the_discriminators_reaches_no_other(
+    teacher: Make, digit_batch: Batch
+) -> None:
     module = adversarial(teacher)
     draws = module.draw(digit_batch, torch_generator(0, "draws"))
-    roles = {
-        name: list(getattr(module, name).parameters()) for name in ("student", "discriminator")
-    }
-    for update in module.updates(digit_batch, draws):
-        other = "student" if update.role == "discriminator" else "discriminator"
-        module.zero_grad()
-        update.loss.backward(inputs=roles[update.role])
-        assert all(p.grad is None for p in roles[other])
-        assert any(p.grad is not None and p.grad.any() for p in roles[update.role])
-        assert all(p.grad is None for p in module.teacher.parameters())
+    student = [p for p in module.student.parameters() if p.requires_grad]
+    heads = [p for p in module.discriminator.parameters() if p.requires_grad]
+    assert not any(p.requires_grad for p in module.teacher.parameters())
+    first, second = module.updates(digit_batch, draws)
+    assert (first.role, second.role) == ("student", "discriminator")
+    assert any(g.any() for g in torch.autograd.grad(first.loss, student))
+    found = torch.autograd.grad(second.loss, [*heads, *student], allow_unused=True)
+    assert any(g is not None and g.any() for g in found[: len(heads)])
+    assert all(g is None for g in found[len(heads) :])
+
+
+def test_the_discriminators_optimiser_is_the_released_one_by_default(teacher: Make) -> None:
+    module = adversarial(teacher)
+    found = module.make_optimizer["discriminator"](module.discriminator.parameters())
+    group = found.param_groups[0]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (1e-5, (0.0, 0.999), 1e-3)
 
 
 def test_the_adversarial_gradient_reaches_the_student_through_the_frozen_features(

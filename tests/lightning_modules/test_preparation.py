@@ -184,7 +184,21 @@ def test_frozen_weights_stay_in_float32_where_their_library_says_so(tmp_path: Pa
     torch.testing.assert_close(close, expected, rtol=0.1, atol=0.1)
 
 
-@pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
+@pytest.mark.parametrize("precision", ["bf16-true", "16-true", "16-mixed"])
 def test_precisions_that_lose_small_updates_are_refused(precision: str) -> None:
     with pytest.raises(FewstepError, match=r"bf16-mixed"):
         check_precision(precision)
+
+
+@pytest.mark.parametrize("name", ["teacher", "gated", "lcm", "adversarial", "mcm", "apt"])
+def test_roles_are_built_on_the_cpu_whatever_the_default_device_is(name: str) -> None:
+    """Lightning builds under the accelerator's device, but host tables index one another."""
+    plain, elsewhere = method(name), method(name)
+    plain.configure_model()
+    with torch.device("meta"):
+        elsewhere.configure_model()
+    expected = plain.state_dict()
+    for key, value in elsewhere.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    phases = getattr(elsewhere, "phases", None)
+    assert phases is None or phases.edges.home.device.type == "cpu"

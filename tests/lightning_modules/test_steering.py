@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,12 +13,16 @@ from torch import Tensor
 from fewstep.diffusion import Denoiser, Guided, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.guidance import (
+    DDIM,
     ClassLabel,
     DiffAugment,
+    Energy,
     Guidance,
     MapDistance,
+    Normalised,
     PictureNetwork,
     Scheduled,
+    Target,
     augmented_polyak,
     freedom,
     guided_sample,
@@ -27,7 +33,9 @@ from fewstep.networks.mixture import RingMixture
 from fewstep.seeding import torch_generator
 from lightning_modules import FewStepModule, Steering, TrainingFreeGuidance
 from lightning_modules.chains import PLAIN_ODE, chain_of
+from lightning_modules.steered import Steered
 
+from tiny_transformers import save_dit
 from training_runs import method
 
 COND = {"class_labels": torch.arange(6) % 10}
@@ -251,3 +259,110 @@ def test_of_pictures_the_energy_makes_what_it_compares_and_the_network_gets_none
     module.steer(Steering(STRONG, target="like", pictures=True))
     with pytest.raises(FewstepError, match="ClassLabel compares nothing of 'like'"):
         module.sample(noise(), {**COND, "like": like}, 2)
+
+
+WANTED = COND["class_labels"]
+
+
+def steered(module: FewStepModule, steps: int, rows: slice = slice(0, 6)) -> Tensor:
+    """Some of the samples."""
+    cond = {"class_labels": WANTED[rows]}
+    return module.sample(noise()[rows], cond, steps, generators(range(6)[rows]))
+
+
+NOISE_SEARCH = NoiseOptimisation(ENERGY, Scheduled(5.0), iterations=2)
+BEST = {
+    "plain": Steering(None, candidates=3, ranking=ENERGY),
+    "walk": Steering(None, base=DDIM(1.0), candidates=3, ranking=ENERGY),
+    "guided": Steering(freedom(ENERGY, 0.5), candidates=3),
+    "views": Steering(augmented_polyak(ENERGY, 0.1, DiffAugment(3)), candidates=3),
+    "noise": Steering(NOISE_SEARCH, candidates=3),
+}
+
+
+@pytest.mark.parametrize("way", BEST)
+def test_the_best_of_several_candidates_is_kept_and_all_are_counted(way: str) -> None:
+    module, calls = built("lcm"), list[int]()
+    alone = replace(BEST[way], candidates=1, ranking=None)
+    module.student.backbone.register_forward_hook(lambda *_: calls.append(1))
+    module.steer(alone)
+    one, once = steered(module, 2), len(calls)
+    module.steer(BEST[way])
+    best = steered(module, 2)
+    assert len(calls) - once == 3 * once
+    assert module.sampling_evaluations(2) == 3 * once
+    before, after = ENERGY(one, WANTED), ENERGY(best, WANTED)
+    changed = (best - one).flatten(1).abs().amax(1) > 1e-4
+    assert 0 < changed.sum() <= 6
+    if way != "views":  # which rank by views of their own
+        assert (after[changed] < before[changed]).all()
+        torch.testing.assert_close(best[~changed], one[~changed], atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("way", ["plain", "guided", "noise"])
+def test_a_best_candidate_depends_on_no_batch_mate(way: str) -> None:
+    module = built("lcm")
+    module.steer(BEST[way])
+    parts = [steered(module, 2, rows) for rows in (slice(0, 4), slice(4, 6))]
+    torch.testing.assert_close(torch.cat(parts), steered(module, 2), atol=1e-5, rtol=1e-4)
+
+
+def test_what_ranks_candidates_guides_and_is_on_record() -> None:
+    several = BEST["plain"]
+    guides = several.guides()
+    assert guides is not None
+    assert [type(network) for network in guides] == [torch.nn.Sequential]
+    record = described(several)
+    assert (record["candidates"], record["ranking"]["class"]) == (3, "ClassLabel")
+    assert described(replace(several, candidates=4)) != record
+    assert Steering(None).guides() is None
+
+
+def test_candidates_that_nothing_ranks_are_refused() -> None:
+    with pytest.raises(FewstepError, match="1 or more, not 0"):
+        Steering(STRONG, candidates=0)
+    with pytest.raises(FewstepError, match=r"set steering\.ranking to an energy"):
+        Steering(None, candidates=2)
+    with pytest.raises(FewstepError, match="the guidance's own energy does"):
+        Steering(STRONG, candidates=2, ranking=ENERGY)
+    with pytest.raises(FewstepError, match="and there is one"):
+        Steering(None, ranking=ENERGY)
+
+
+def test_a_sample_without_a_sound_candidate_is_reported_when_asked() -> None:
+    """Raised by one rank at once it would leave the others waiting."""
+
+    class Never(Energy):
+        def __call__(self, x0: Tensor, target: Target) -> Tensor:
+            return x0.flatten(1).sum(1) * torch.nan
+
+    account = Steered(Steering(None, candidates=2, ranking=Never()))
+    module = built("lcm")
+    chain = chain_of(module.record("student"), module.student.schedule, 2)
+    null = {"class_labels": torch.full((6,), 10)}
+    draw = Guided(module.student, 1.0), noise(), null, WANTED, chain, generators(), ("student", 2)
+    assert account.sample(*draw).isfinite().all()
+    assert "None of 2 candidates" in str(account.failure)
+
+
+def test_captions_that_a_network_cannot_read_are_for_the_guide(tmp_path: Path) -> None:
+    class Brightness(Energy):
+        """How far a picture's mean is from the number of letters less three."""
+
+        def encode(self, prompts: Sequence[str]) -> Tensor:
+            return torch.tensor([len(prompt) - 3.0 for prompt in prompts])
+
+        def __call__(self, x0: Tensor, target: Target) -> Tensor:
+            assert isinstance(target, Tensor)
+            return (x0.flatten(1).mean(1) - target).abs()
+
+    guidance = Guidance(Brightness(), Normalised(1.0))
+    module = TrainingFreeGuidance(str(save_dit(tmp_path / "dit")), Steering(guidance, "prompt"))
+    module.configure_model()
+    start = torch.randn(2, *module.sample_shape, generator=torch_generator(0, "n"))
+    labels = {"class_labels": torch.tensor([1, 2])}
+    means = [
+        module.decode(module.sample(start, labels, 4, prompt=[prompt] * 2)).mean()
+        for prompt in ("a", "abcde")
+    ]
+    assert means[0] < means[1] - 0.01

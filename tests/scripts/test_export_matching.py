@@ -201,6 +201,24 @@ def test_stochastic_chains_are_exported_where_they_can_be_and_said_to_be_left_ou
     assert "only its deterministic chain" in chain.note
 
 
+@pytest.mark.parametrize(
+    ("pipeline", "prediction", "schedule", "name"),
+    [
+        (SD3, "flow_prediction", FLOW, "FlowMatchLCMScheduler"),
+        (SD, "epsilon", CLEAN, "LCMScheduler"),
+    ],
+)
+def test_a_student_of_one_phase_is_exported_for_one_step_and_several(
+    pipeline: str, prediction: PredictionType, schedule: Schedule, name: str
+) -> None:
+    said = {**record(schedule, 100), "method": "PhasedConsistencyDistillation"}
+    found = match(pipeline, prediction, schedule, said, [1, 2, 4])
+    assert type(found.scheduler).__name__ == name
+    assert sorted(found.steering) == [1, 2, 4]
+    alone = type(match(pipeline, prediction, schedule, said).scheduler).__name__
+    assert alone in ("FlowMatchEulerDiscreteScheduler", "DDIMScheduler")
+
+
 def test_a_trained_teacher_is_sampled_by_ddim() -> None:
     said = {**record(INDEX_0, 50), "method": "DiffusionTraining"}
     assert type(match(SD, "epsilon", INDEX_0, said).scheduler).__name__ == "DDIMScheduler"

@@ -66,6 +66,24 @@ def test_a_checkpoint_grows_and_computes_nearly_the_same(
         run(["gates", "grow", str(source), "--dest", str(dest)])
 
 
+def test_new_blocks_of_zeros_leave_a_checkpoint_and_a_pipeline_what_they_compute(
+    tmp_path: Path,
+) -> None:
+    source, dest = saved(tmp_path), tmp_path / "grown.ckpt"
+    run(["gates", "grow", str(source), "--new-blocks", "zero", "--dest", str(dest)])
+    before, after = load_denoiser(source).denoiser, load_denoiser(dest).denoiser
+    assert len(after.backbone.feature_blocks) == 8
+    assert torch.equal(raw(after), raw(before))
+    pipeline, deeper = save_dit(tmp_path / "dit"), tmp_path / "deeper"
+    run(["gates", "apply", str(pipeline)])
+    run(["gates", "grow", str(pipeline), "--new-blocks", "zero", "--dest", str(deeper)])
+    before, after = (load_denoiser_of(folder, (16, 16)).denoiser for folder in (pipeline, deeper))
+    assert len(after.backbone.feature_blocks) == 2 * len(before.backbone.feature_blocks)
+    x = torch.randn(2, *before.sample_shape, generator=torch.Generator().manual_seed(0))
+    given = torch.tensor([900.0, 100.0]), {"class_labels": torch.tensor([0, 2])}
+    assert torch.equal(after.raw(x, *given), before.raw(x, *given))
+
+
 @pytest.mark.parametrize("num_classes", [3, None])
 def test_the_blocks_that_add_least_on_own_samples_go(
     num_classes: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from callbacks import GateReport
+from callbacks.gates import read_gate_report
 from fewstep.errors import FewstepError
 from fewstep.networks.gates import gate_values, gates_of, is_gated, load_gates, save_gates
 from fewstep.networks.loading import METADATA_KEY
@@ -19,6 +21,7 @@ from scripts.evaluate.pipelines import PipelineSampler
 from scripts.main import main, run
 
 from tiny_transformers import loaded_by_diffusers, save_dit
+from training_runs import data_for, method, trainer_of
 
 X = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
 T = torch.tensor([999.0, 250.0])
@@ -131,6 +134,35 @@ def test_the_report_says_what_gates_have_become(
     checkpoint = {METADATA_KEY: {"denoiser": denoiser.to_spec()}, "state_dict": state}
     torch.save(checkpoint, tmp_path / "last.ckpt")
     run(["gates", "report", str(tmp_path / "last.ckpt")])
+    assert capsys.readouterr().out.splitlines() == told[:5]
+
+
+def test_the_report_of_a_run_says_what_was_seen_of_its_streams_by_depth(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module, report = method("gated"), GateReport(every_n_updates=1, pictures=False)
+    trainer = trainer_of("single", 1, 2, report, folder=tmp_path)
+    trainer.fit(module, data_for("gated"))
+    (tmp_path / "checkpoints").mkdir()
+    trainer.save_checkpoint(tmp_path / "checkpoints" / "last.ckpt")
+    capsys.readouterr()
+    run(["gates", "report", str(tmp_path)])
+    told = capsys.readouterr().out.splitlines()
+    assert told[5:7] == ["", "Seen of the student in update 2, from its input to its output:"]
+    names = ["gate", "alpha", "|beta|", "unit", "/", "stream", "cosine", "block", "/", "stream"]
+    assert told[7].split() == [*names, "stream", "gradient"]
+    rows = read_gate_report(tmp_path)[-4:]
+    assert [line.split()[0] for line in told[8:]] == [row["gate"] for row in rows]
+    kinds = ("alpha", "beta", "unit", "cosine", "ratio", "stream", "gradient")
+    for line, row in zip(told[8:], rows, strict=True):
+        numbers = [float(cell) for cell in line.split()[1:]]
+        assert numbers == pytest.approx([row[kind] for kind in kinds], rel=1e-3)
+    assert rows[0]["unit"] != pytest.approx(rows[1]["unit"], rel=0.01)
+    checkpoint = tmp_path / "checkpoints" / "last.ckpt"
+    run(["gates", "report", str(checkpoint)])
+    assert capsys.readouterr().out.splitlines() == told
+    shutil.rmtree(tmp_path / "gates")
+    run(["gates", "report", str(tmp_path)])
     assert capsys.readouterr().out.splitlines() == told[:5]
 
 

@@ -18,7 +18,7 @@ from fewstep.guidance.energies import Target
 from fewstep.guidance.knobs import read_number
 from fewstep.networks import ring
 from scripts.experiments import known_experiments
-from scripts.guidance.knobs import strengths
+from scripts.guidance.knobs import chosen_knobs, strengths
 from scripts.guidance.overlay import ARGUMENTS, Overlay
 from scripts.main import run
 
@@ -68,6 +68,24 @@ def trials(*where: str) -> list[dict[str, Any]]:
 def strength_in(path: Path) -> float:
     content = yaml.safe_load(path.read_text())["model"]["init_args"]["steering"]["guidance"]
     return float(content["init_args"]["strength"])
+
+
+def test_what_tfg_turns_grows_by_tfgs_factors_unless_told_otherwise() -> None:
+    start = methods.tfg(MixtureLikelihood(ring(5)), copies=2)
+    names = "state.strength,clean.strength,smoothing.scale,clean_iterations"
+    found = chosen_knobs(start, names, 0.5, None, 3)
+    assert [knob.factor for knob in found] == [2, 2, 10, 2]
+    assert [knob.cap for knob in found] == pytest.approx([0.5, 0.5, 0.05, 16])
+    told = chosen_knobs(start, names, 0.5, 3.0, 3)
+    assert [knob.factor for knob in told] == [3, 3, 3, 3]
+
+
+@pytest.mark.slow
+def test_a_search_among_candidates_counts_them_all() -> None:
+    search("--trials", "1", "--model.init_args.steering.candidates", "2")
+    (tried,) = trials()
+    assert tried["denoiser_evaluations"] == 2 * 4
+    assert tried["energy_evaluations"] == 2 * (4 + 1)
 
 
 @pytest.mark.slow

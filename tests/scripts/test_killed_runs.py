@@ -105,6 +105,7 @@ def test_a_killed_run_goes_on_with_two_ranks_and_finishes_the_epoch(tmp_path: Pa
 
 LONG = ["--trainer.max_steps", "100000"]
 TWO = ["--trainer.devices", "2", "--trainer.strategy"]
+DDP = [*TWO, "ddp"]
 
 
 def processes_of(run: subprocess.Popen[bytes]) -> dict[int, str]:
@@ -162,6 +163,20 @@ def test_a_killed_data_worker_ends_the_run_in_one_message_and_it_goes_on(tmp_pat
     assert "Traceback" not in said[said.index("error:") :]
     wait_until_none_is_left(run, 15)
     finish_soon_after(tmp_path, "worker")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "ranks"), [("SIGTERM", []), ("SIGUSR1", []), ("SIGTERM", DDP)])
+def test_a_signal_to_the_whole_job_with_its_data_workers_has_it_save_and_leave(
+    number: str, ranks: list[str], tmp_path: Path
+) -> None:
+    run = begin_and_wait(tmp_path, "group", 2 * EVERY, *LONG, *ranks)
+    os.killpg(run.pid, signal.Signals[number])
+    assert run.wait(timeout=60) == 75, output_of(tmp_path, "group")[-3000:]
+    checkpoints = tmp_path / "runs/group/version_0/checkpoints"
+    done = int((checkpoints / "last.ckpt").resolve().stem.removeprefix("update_"))
+    assert f"Asked to stop: saved update {done}." in output_of(tmp_path, "group")
+    wait_until_none_is_left(run, 15)
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 
 from fewstep.errors import FewstepError
 from scripts.experiments import expand_arguments, find_experiment, short_name, with_defaults
-from scripts.runs import place
+from scripts.runs import place, refuse_disagreement
 
 
 def add_run(experiment: Path, version: str, checkpoint: bool = True) -> Path:
@@ -54,6 +54,39 @@ def test_a_checkpoint_from_elsewhere_starts_a_new_run(tmp_path: Path) -> None:
 def test_a_missing_checkpoint_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FewstepError, match="There is no checkpoint"):
         place(tmp_path, None, str(tmp_path / "no.ckpt"), training=True)
+
+
+TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "8", "LOCAL_RANK": "3"}
+SRUN = {"SLURM_STEP_NUM_TASKS": "4"}
+
+
+@pytest.mark.parametrize(
+    ("num_nodes", "environment", "words"),
+    [(2, {}, "on 2 nodes"), (1, TORCHRUN, "on 8 ranks"), (1, SRUN, "on 4 ranks")],
+)
+def test_several_that_choose_a_new_folder_each_by_itself_are_refused(
+    num_nodes: int,
+    environment: dict[str, str],
+    words: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(FewstepError, match=f"{words}.* --run.version version_7 here"):
+        refuse_disagreement(tmp_path / "version_7", num_nodes)
+    refuse_disagreement(add_run(tmp_path, "version_7"), num_nodes)
+
+
+def test_one_process_chooses_its_folder_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refuse_disagreement(tmp_path / "version_0", 1)
+    for name, value in {**SRUN, "SLURM_STEP_NUM_TASKS": "1"}.items():
+        monkeypatch.setenv(name, value)
+    refuse_disagreement(tmp_path / "version_0", 1)
+    monkeypatch.setenv("WORLD_SIZE", "8")  # but not by torchrun
+    refuse_disagreement(tmp_path / "version_0", 1)
 
 
 def test_experiments_are_found_by_short_name_and_bring_their_defaults() -> None:

@@ -77,7 +77,7 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def submit(folder: Path, name: str) -> Path:
     """Submits a small run on two nodes; returns its folder."""
     (folder / f"{name}.yaml").write_text(CONFIG.format(folder=folder, name=name, last=LAST))
-    size = ["--nodes", "2", "--gpus-per-node", "0", "--time", "10"]
+    size = ["--nodes", "2", "--gpus-per-node", "0", "--cpus-per-gpu", "1", "--time", "10"]
     run(["submit", "-c", "digits/teacher", "-c", f"{name}.yaml", "--run.name", name, *size])
     return folder / "runs" / name / "version_0"
 
@@ -175,7 +175,8 @@ def test_a_suite_waits_for_its_teachers_and_ends_in_the_report(
     monkeypatch.chdir(tmp_path)
     write_digit_shards(tmp_path / "digits")
     Path("tiny.yaml").write_text(SUITE.format(folder=tmp_path))
-    run(["suite", "tiny.yaml", "--submit", "--gpus-per-node", "0", "--time", "10"])
+    size = ["--gpus-per-node", "0", "--cpus-per-gpu", "1", "--time", "10"]
+    run(["suite", "tiny.yaml", "--submit", *size])
     home = tmp_path / "runs" / "tiny"
     jobs = subprocess.run(
         ["squeue", "--noheader", "--format=%E"], capture_output=True, text=True, check=True

@@ -138,6 +138,12 @@ def accuracy(judge: str, guide: str = "tuner") -> dict[str, Any]:
     return {"class_path": "fewstep.metrics.ClassAccuracy", "init_args": {"features": features}}
 
 
+def guide_distance() -> dict[str, Any]:
+    reader = {"class_path": "fewstep.metrics.digit_reader", "init_args": {"part": "guide"}}
+    energy = {"class_path": "fewstep.guidance.ClassLabel", "init_args": {"classifier": reader}}
+    return {"class_path": "fewstep.guidance.GuidanceDistance", "init_args": {"energy": energy}}
+
+
 DIT = {
     "class_path": "fewstep.networks.DiT",
     "init_args": {"sample_size": 8, "channels": 1, "num_layers": 1, "num_heads": 2, "head_dim": 8},
@@ -203,3 +209,46 @@ def test_digits_are_planned_measured_and_steered_as_their_experiments_say(
     command("evaluate", "guidance/digits/few_unguided", *start, *option)
     steered = "guidance/digits/few_unguided+few_polyak/version_0"
     assert values(steered) == values(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "costs", "rows"),
+    [("few_best_of", (2 * 8, 0, 8), 0), ("few_noise", (2 * 21, 2 * 20, 21), 20)],
+)
+def test_candidates_and_noise_are_chosen_as_their_experiments_say(
+    here: Path, name: str, costs: tuple[int, int, int], rows: int
+) -> None:
+    small(here / "small.yaml", [accuracy("judge", "guide")])
+    start = ["--model.init_args.start", json.dumps(START), "--model.init_args.step_counts", "[2]"]
+    command("fit", f"guidance/digits/{name}", *start)
+    run_folder = f"guidance/digits/{name}/version_0"
+    found = {m["metric"]: m for m in results(run_folder)["measurements"]}
+    counted = found["guide_accuracy"]["cost"]
+    known = "denoiser_evaluations", "denoiser_gradients", "energy_evaluations"
+    assert tuple(counted[cost] for cost in known) == costs
+    assert found["guide_accuracy"]["network_evaluations"] == costs[0]
+    assert found["guide_accuracy"]["value"] > 0.2  # 0.1 is chance
+    steering = results(run_folder)["source"]["steering"]
+    assert steering["candidates"] == (8 if name == "few_best_of" else 1)
+    table = Path("runs") / run_folder / "guidance.csv"
+    lines = table.read_text().splitlines()[1:] if table.exists() else []
+    assert len(lines) == rows
+
+
+@pytest.mark.slow
+def test_candidates_are_an_option_of_any_steering(here: Path) -> None:
+    """What steers can also choose: the guide is surer of the best of several guided samples."""
+    small(here / "small.yaml", [guide_distance()])
+    start = ["--model.init_args.start", json.dumps(START), "--steps", "2"]
+    option = ["--steering", "guidance/digits/few_dps"]
+    command("evaluate", "guidance/digits/few_unguided", *start, *option)
+    name = "guidance/digits/few_unguided+few_dps/version_0"
+    alone = results(name)["measurements"][0]
+    command(
+        "evaluate", "guidance/digits/few_unguided", *start, *option, "--steering.candidates", "3"
+    )
+    (best,) = results(name)["measurements"]
+    assert best["metric"] == "guidance_distance"
+    assert best["value"] < alone["value"]
+    assert best["network_evaluations"] == 3 * alone["network_evaluations"]

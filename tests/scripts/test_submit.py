@@ -12,9 +12,11 @@ from pathlib import Path
 
 import pytest
 import yaml
+from jsonargparse import dict_to_namespace
 
 from fewstep.errors import FewstepError
 from scripts.main import main, run
+from scripts.slurm.cores import loading_processes
 from scripts.slurm.options import Options
 from scripts.slurm.script import SKELETON, batch_script, fill
 from scripts.slurm.status import newest_update
@@ -113,6 +115,39 @@ def test_what_is_not_asked_for_is_left_to_the_cluster(
     assert "#SBATCH --ntasks-per-node=1\n" in script
     for absent in ("gpus", "--mem", "--time", "--partition", "--account", "--qos", "--array"):
         assert absent not in script
+
+
+@pytest.mark.parametrize(
+    ("options", "cores"),
+    [
+        ([], 2),
+        (["--data.init_args.num_workers", "8"], 10),
+        (["--data.init_args.num_workers", "8", "--gpus-per-node", "0"], 10),
+        (["--data.init_args.num_workers", "8", "--cpus-per-gpu", "4"], 4),
+    ],
+)
+def test_a_rank_gets_cores_for_its_loading_processes_and_two_more(
+    options: list[str], cores: int, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = dry_run(capsys, *options)
+    assert f"#SBATCH --cpus-per-task={cores}\n" in script
+    assert f" --cpus-per-task={cores} " in script[script.index("srun") :], "srun inherits none"
+
+
+def test_an_array_gets_cores_for_its_most_demanding_task(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [f"--data.init_args.num_workers {number}" for number in (1, 5, 3)]
+    Path("loads.txt").write_text("\n".join(lines))
+    assert "#SBATCH --cpus-per-task=7\n" in dry_run(capsys, "--array", "loads.txt")
+
+
+def test_data_within_data_load_too() -> None:
+    inner = dict_to_namespace({"class_path": "Pictures", "init_args": {"num_workers": 4}})
+    data = {"class_path": "Mixed", "init_args": {"num_workers": 8, "parts": [inner], "x": None}}
+    assert loading_processes(data) == 12
+    assert loading_processes({"class_path": "Rings", "init_args": {"num_modes": 5}}) == 0
+    assert loading_processes(None) == 0
 
 
 @pytest.mark.parametrize(

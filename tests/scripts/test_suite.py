@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from fewstep.errors import FewstepError
-from scripts.experiments import experiments_root, find_experiment, known_experiments
+from scripts.experiments import experiments_roots, find_experiment, known_experiments
 from scripts.main import main, run
 from scripts.suite import variants
 from scripts.suite.files import find_suite, read_suite
@@ -144,11 +144,14 @@ def test_steps_are_measured_where_the_method_serves_them() -> None:
             {**STUDENT, "experiment": "digits/pcm_4"},
             {**STUDENT, "experiment": "digits/pcm_8"},
             {**STUDENT, "label": "one", "steps": [1]},
+            {**STUDENT, "experiment": "digits/pcm_1"},
+            {**STUDENT, "experiment": "digits/pcm_1", "label": "renoised", "steps": [1, 2]},
         ],
     )
     key = "model.init_args.step_counts"
     found = {cell.variant.label: value(cell.asked.config, key) for cell in plan().cells}
-    assert found == {"teacher": [2, 4], "lcm": [2, 4], "pcm_4": [4], "pcm_8": None, "one": [1]}
+    students = {"lcm": [2, 4], "pcm_4": [4], "pcm_8": None, "one": [1]}
+    assert found == {"teacher": [2, 4], **students, "pcm_1": None, "renoised": [1, 2]}
 
 
 def test_callbacks_are_set_by_their_names_and_the_others_stay() -> None:
@@ -243,7 +246,7 @@ def test_suites_are_found_by_short_names_and_are_no_experiments() -> None:
     assert not [name for name in known_experiments() if name.startswith("suites")]
 
 
-SUITES = sorted(path.stem for path in (experiments_root() / "suites").glob("*.yaml"))
+SUITES = sorted(path.stem for path in (experiments_roots()[-1] / "suites").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", SUITES)

@@ -139,6 +139,17 @@ def test_a_job_runs_the_configuration_as_it_was_when_submitted(cluster: Path) ->
         assert absent not in report
 
 
+def test_a_run_gets_cores_for_its_loading_processes_and_the_report_none_to_spare(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    workers = {"data.init_args.num_workers": 6}
+    write_suite(experiments=[{"experiment": "digits/teacher", "set": workers}])
+    run(["suite", "x.yaml", "--submit", "--dry-run"])
+    training, report = capsys.readouterr().out.split("\n# -----")[1:]
+    assert "#SBATCH --cpus-per-task=8\n" in training
+    assert "--cpus-per-task" not in report
+
+
 def test_a_submitted_run_is_trained_and_one_that_is_trained_is_measured(
     cluster: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -159,6 +159,8 @@ def with_weights(network: nn.Module, weights: str) -> nn.Module:
             ) from error
     else:
         state = dict(read_state(path))
+    if all(name.startswith("module.") for name in state):  # saved from within DataParallel
+        state = {name.removeprefix("module."): value for name, value in state.items()}
     fill(network, state, path)
     return network.requires_grad_(False).eval()
 

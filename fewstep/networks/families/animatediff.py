@@ -2,8 +2,9 @@
 
 Samples are latents ``(B, 4, F, H / 8, W / 8)``; an image VAE encodes frame by frame. Text is
 ``encoder_hidden_states (B, 77, 768)``, one for the clip outside; the network wants it once a frame.
-It was trained with betas of its own (linear), which its pipeline's scheduler has. The adapter's
-positional encodings bound the number of frames (``motion_max_seq_length``, 32).
+Adapters were trained with linear betas, not those of the image model, whose scheduler a pipeline
+made of both keeps unless it is given another: loading such a folder warns. The adapter's positional
+encodings bound the number of frames (``motion_max_seq_length``, 32).
 """
 
 from __future__ import annotations
@@ -39,4 +40,6 @@ def _as_its_input(_module: nn.Module, inputs: Sequence[Any], output: Tensor) -> 
     return output.to(inputs[0].dtype)
 
 
-FAMILY = Family("AnimateDiffPipeline", AnimateDiff, part="unet", encode=encode_plain)
+FAMILY = Family(
+    "AnimateDiffPipeline", AnimateDiff, part="unet", encode=encode_plain, betas="linear"
+)

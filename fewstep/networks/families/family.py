@@ -73,6 +73,8 @@ class Family:
             names, where configurations alone tell them; otherwise the text encoders must run.
         pipeline_latents: lays latents ``(B, C, ...)`` out as the pipeline's call takes them.
         latent: whether samples are latents of a VAE; otherwise they are pixels.
+        betas: the ``beta_schedule`` its networks were trained with, where pipelines are easily
+            saved with the scheduler of another; others are warned of.
     """
 
     pipeline: str
@@ -88,6 +90,7 @@ class Family:
     text_shapes: Callable[[Configs], TextShapes] | None = None
     pipeline_latents: Callable[[Tensor], Tensor] = _as_they_are
     latent: bool = True
+    betas: str | None = None
 
 
 def encode_plain(pipeline: Any, prompts: list[str], guided: bool) -> Branches:

@@ -3,9 +3,10 @@
 Samples are latents ``(B, 4, H / 8, W / 8)``. Text is ``encoder_hidden_states (B, 77, 2048)`` of two
 CLIPs side by side and ``text_embeds (B, 1280)``, the second one's pooled embedding. ``time_ids
 (B, 6)`` says what the image is cut from: original height and width, top and left of the crop,
-target height and width, all in pixels; integers, which half precision cannot round. Left out, it
+target height and width, all in pixels; integers, which half precision cannot round. Data with
+random crops give them by sample (``time_ids: true`` of datamodules.fields.Images). Left out, it
 stands for a whole image of the network's own size. Released pipelines give their unconditional
-branch zeros.
+branch zeros in place of text, and the same ``time_ids``.
 """
 
 from __future__ import annotations

@@ -58,16 +58,24 @@ def check_alive(network: nn.Module, sites: Iterable[Site]) -> None:
     Raises:
         FewstepError: naming the first such unit.
     """
+    dead = first_dead(network, sites)
+    if dead is not None:
+        raise FewstepError(
+            f"gates.init zero can never train {dead} is zero too, so the gradients of alpha, of "
+            "that and of the branch are all exactly zero. Set gates.init: identity (or depth); "
+            "such a block starts as the identity anyway."
+        )
+
+
+def first_dead(network: nn.Module, sites: Iterable[Site]) -> str | None:
+    """The first unit that is zero without its gate, and what of it is; None if there is none.
+
+    Of a network on the meta device nothing is known.
+    """
     if any(parameter.is_meta for parameter in network.parameters()):
-        return
-    for site in sites:
-        dead = next(_dead(network, site), None)
-        if dead is not None:
-            raise FewstepError(
-                f"gates.init zero can never train '{site.name}': its {dead} is zero too, so the "
-                "gradients of alpha, of that and of the branch are all exactly zero. Set "
-                "gates.init: identity (or depth); such a block starts as the identity anyway."
-            )
+        return None
+    found = ((site, next(_dead(network, site), None)) for site in sites)
+    return next((f"'{site.name}': its {dead}" for site, dead in found if dead is not None), None)
 
 
 def is_asleep(model: nn.Module) -> bool:

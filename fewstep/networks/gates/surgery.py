@@ -1,9 +1,10 @@
-"""Changing a network's depth: twice as many blocks of half the step, or fewer blocks.
+"""Changing a network's depth: twice as many blocks of half the step or none, or fewer blocks.
 
 A stack of gated blocks ``z <- z + alpha F(z) + beta`` is Euler's method for an ordinary
 differential equation in the depth (Ma et al. 2024, arXiv 2406.13215, section 3; Chen et al. 2018).
 Two blocks with half of alpha and beta each take the same way in two steps, so what a deeper network
-computes differs by the error of one step alone. How to do it is this project's choice.
+computes differs by the error of one step alone. New blocks whose gates are zero change nothing.
+How to do it is this project's choice.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import nn
@@ -20,11 +21,13 @@ from torch.distributed.tensor import DTensor
 from fewstep.errors import FewstepError
 from fewstep.networks.gates.gate import Gate
 from fewstep.networks.gates.gated import backbone_of, gate_spec, gates_of, is_gated, network_of
-from fewstep.networks.gates.sites import FUSE
+from fewstep.networks.gates.sites import FUSE, find_sites
 from fewstep.networks.gates.spec import ResidualGates
+from fewstep.networks.gates.starts import first_dead
 from fewstep.networks.gates.streams import is_compiled, watched_streams
 
 Item = TypeVar("Item")
+NewBlocks = Literal["half", "zero"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,8 @@ STACKS = {
 }
 
 
-def grow(model: nn.Module) -> int:
-    """Doubles a gated network's depth, in place: each block becomes two with half of its gates.
+def grow(model: nn.Module, new_blocks: NewBlocks = "half") -> int:
+    """Doubles a gated network's depth, in place: each block becomes two.
 
     Do so before compiling, sharding and copying it. The new blocks have weights of their own, which
     start as those of the block they double. Blocks that take turns are doubled turn by turn. Where
@@ -69,27 +72,31 @@ def grow(model: nn.Module) -> int:
 
     Args:
         model: a denoiser, a backbone or a network, every residual unit of which has an alpha.
+        new_blocks: ``half`` halves the gates of both blocks. ``zero`` leaves the first as it is and
+            starts the second with an alpha and beta of 0 and a rho of 1, as the identity (ReZero,
+            Bachlechner et al. 2020): the network computes the same, to the bit.
 
     Returns:
         The new number of blocks.
 
     Raises:
         FewstepError: for networks whose blocks are unknown or not alike, that have been prepared
-            for training, or whose gates cannot halve a block's step.
+            for training, whose gates cannot halve a block's step, or whose new blocks could never
+            learn from an alpha of zero, as what they would multiply is zero as well.
     """
     network, stack = _open(model)
-    _check_halvable(model)
+    _check_growable(model)
+    if new_blocks == "zero":
+        _check_new_alive(model)
     blocks = _blocks(network, stack)
-    with torch.no_grad():
-        for block in blocks:
-            for _, gate in gates_of(block):
-                _halve(gate)
-    doubled = [
-        twin
-        for turn in _turns(blocks, stack)
-        for twins in (turn, copy.deepcopy(turn))
-        for twin in twins
-    ]
+    if new_blocks == "half":
+        _set_gates(blocks, 0.5)
+    doubled = []
+    for turn in _turns(blocks, stack):
+        twins = copy.deepcopy(turn)
+        if new_blocks == "zero":
+            _set_gates(twins, 0.0)
+        doubled += [*turn, *twins]
     if stack.fuses is not None:
         fuses = nn.ModuleList(
             _doubled(list(network.get_submodule(stack.fuses).children()), len(blocks))
@@ -172,16 +179,28 @@ def _open(model: nn.Module) -> tuple[nn.Module, Stack]:
     return network, stack
 
 
-def _check_halvable(model: nn.Module) -> None:
+def _check_growable(model: nn.Module) -> None:
     if not is_gated(model):
         raise FewstepError(
-            "Only a gated network can grow: it needs an alpha that halves each block's step. Add "
+            "Only a gated network can grow: it needs an alpha that scales each block's step. Add "
             "gates first (apply_gates); with init: identity they change nothing."
         )
     spec = gate_spec(model)
     if not spec.has_alpha:
-        raise FewstepError(f"Gates of mode {spec.mode} have no alpha that could be halved.")
-    _check_all_chosen(spec, "grows, and units without gates cannot be halved")
+        raise FewstepError(f"Gates of mode {spec.mode} have no alpha that could scale a step.")
+    _check_all_chosen(spec, "grows, and units without gates cannot be scaled")
+
+
+def _check_new_alive(model: nn.Module) -> None:
+    """Refuses new blocks of zeros where these could never move, as with ``init: zero``."""
+    network = network_of(model)
+    dead = first_dead(network, find_sites(network, gate_spec(model)))
+    if dead is not None:
+        raise FewstepError(
+            f"New blocks with alpha at zero could never train {dead} is zero too, so the gradients "
+            "of alpha, of that and of the branch are all exactly zero. Let new blocks take half of "
+            "the step (--new-blocks half), or train the network first."
+        )
 
 
 def _check_all_chosen(spec: ResidualGates, change: str) -> None:
@@ -193,13 +212,15 @@ def _check_all_chosen(spec: ResidualGates, change: str) -> None:
         )
 
 
-def _halve(gate: nn.Module) -> None:
-    """Half of alpha, of beta and of rho's difference from 1."""
-    assert isinstance(gate, Gate)
-    for parameter in gate.parameters():
-        parameter.mul_(0.5)
-    if gate.delta is not None:
-        gate.delta.sub_(0.5)  # alpha / 2 - 1 is (alpha - 1) / 2 - 1 / 2
+@torch.no_grad()
+def _set_gates(blocks: list[nn.Module], share: float) -> None:
+    """Leaves a share of all gates' alpha, beta and difference of rho from 1."""
+    for _, gate in (named for block in blocks for named in gates_of(block)):
+        assert isinstance(gate, Gate)
+        for parameter in gate.parameters():
+            parameter.mul_(share)
+        if gate.delta is not None:
+            gate.delta.sub_(1 - share)  # share alpha - 1 is share (alpha - 1) - (1 - share)
 
 
 def _turns(items: list[Item], stack: Stack) -> list[list[Item]]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from fewstep.networks.gates.spec import ResidualGates
@@ -48,6 +50,23 @@ class GateTable:
         return "\n".join([*lines, self.summary])
 
     @property
+    def overview(self) -> str:
+        """A line for all gates whose names differ in numbers alone, and which numbers these are."""
+        alike: dict[str, list[list[int]]] = {}
+        for row in self.rows:
+            key = re.sub(r"\d+", "{}", row.name)
+            alike.setdefault(key, []).append(
+                [int(number) for number in re.findall(r"\d+", row.name)]
+            )
+        counts = [str(len(numbers)) for numbers in alike.values()]
+        wide = max(map(len, counts), default=0)
+        lines = [
+            f"  {count:>{wide}} x {key.format(*map(_ranges, zip(*numbers, strict=True)))}"
+            for count, (key, numbers) in zip(counts, alike.items(), strict=True)
+        ]
+        return "\n".join([*lines, self.summary])
+
+    @property
     def summary(self) -> str:
         """How many gates there are, and which."""
         spec = self.spec
@@ -58,3 +77,14 @@ class GateTable:
             f"{len(self.rows)} gates with {self.parameters:,} parameters: mode {spec.mode} at the "
             f"{spec.level} level, init {init}{skips}."
         )
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as ``0-3,7``."""
+    runs: list[list[int]] = []
+    for number in sorted(set(numbers)):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 from PIL import Image
 
 from datamodules.fields import Images, image_shape
-from datamodules.fields.images import nearest_aspect
+from datamodules.fields.images import _Cut, nearest_aspect, time_ids
 
 from shard_files import encoded, png
 
@@ -94,6 +95,65 @@ def test_half_of_the_images_are_mirrored() -> None:
         bool(field.decode(data, "png", draws(seed)).value[0, 0, 0] > 128) for seed in range(200)
     ]
     assert 70 < sum(mirrored) < 130
+
+
+def told_and_seen(flip: bool, seed: int) -> tuple[list[int], torch.Tensor]:
+    """What is told of a crop of 20 x 30 from 80 x 240, and the crop."""
+    field = Images((20, 30), crop="random", min_scale=0.25, flip=flip, time_ids=True)
+    found = field.decode(encoded(gradient(80, 240)), "png", draws(seed))
+    return found.cond["time_ids"].tolist(), found.value.float()
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("seed", range(6))
+def test_a_network_is_told_where_its_crop_lies(flip: bool, seed: int) -> None:
+    numbers, pixels = told_and_seen(flip, seed)
+    assert numbers[:2] == [80, 240]
+    assert numbers[4:] == [20, 30]
+    red, green = pixels[0].mean(0) / 255 * 239, pixels[1].mean(1) / 255 * 79  # places in the file
+    scale = float(green[15] - green[5]) / 10
+    mirrored = bool(red[0] > red[-1])
+    left = float(239 - red[0] if mirrored else red[0])
+    # The centre of the crop's first pixel lies half a resized pixel within the edge.
+    assert numbers[2] == pytest.approx((float(green[0]) + 0.5) / scale - 0.5, abs=1.2)
+    assert numbers[3] == pytest.approx((left + 0.5) / scale - 0.5, abs=1.2)
+
+
+def test_both_ways_round_are_told_of() -> None:
+    """Mirrored or not, a crop is told of as that of the image it then is part of."""
+    seen = {bool(told_and_seen(True, seed)[1][0, 0, 0] > 128) for seed in range(6)}
+    assert seen == {False, True}
+
+
+def test_what_is_told_of_a_known_cut() -> None:
+    cut = _Cut(left=30.0, top=8.0, scale=2.0)
+    found = time_ids((100, 200), (40, 60), cut)
+    assert found.tolist() == [100, 200, 4, 15, 40, 60]
+    assert not found.is_floating_point()
+    assert time_ids((100, 200), (40, 60), cut, mirrored=True).tolist() == [100, 200, 4, 25, 40, 60]
+
+
+def test_whole_and_centred_images_are_told_of_as_they_are() -> None:
+    centre = Images((20, 30), crop="random", flip=True, time_ids=True)
+    data = encoded(gradient(40, 90))
+    assert centre.decode(data, "png", None).cond["time_ids"].tolist() == [40, 90, 0, 8, 20, 30]
+    whole = Images(time_ids=True).decode(data, "png", None).cond["time_ids"]
+    assert whole.tolist() == [40, 90, 0, 0, 40, 90]
+    exact = Images((40, 90), crop="random", time_ids=True).decode(data, "png", draws())
+    assert exact.cond["time_ids"].tolist() == [40, 90, 0, 0, 40, 90]
+
+
+def test_nothing_is_told_unless_asked_for_and_pixels_are_the_same() -> None:
+    data = encoded(gradient(40, 90))
+    options: dict[str, Any] = {"size": 20, "crop": "random", "flip": True}
+    plain, told = Images(**options), Images(**options, time_ids=True)
+    assert plain.decode(data, "png", draws()).cond == {}
+    for seed in range(4):
+        assert torch.equal(
+            plain.decode(data, "png", draws(seed)).value,
+            told.decode(data, "png", draws(seed)).value,
+        )
+    assert plain.describe() == told.describe()
 
 
 def test_an_image_can_be_a_video_of_one_frame() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.transforms.functional import gaussian_blur
 
@@ -16,7 +17,14 @@ def randn(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.mark.parametrize("shape", [(2, 3, 12, 8), (2, 3, 4, 12, 8)])
 @pytest.mark.parametrize(
-    "operator", [HiddenBox(2, 1, 5, 4), HiddenPixels(0.6), Blur(1.5, 7), Downsample(4)]
+    "operator",
+    [
+        HiddenBox(2, 1, 5, 4),
+        HiddenPixels(0.6),
+        Blur(1.5, 7),
+        Blur(1.5, 7, "zeros"),
+        Downsample(4),
+    ],
 )
 def test_the_adjoint_is_exact(operator: LinearOperator, shape: tuple[int, ...]) -> None:
     x = randn(*shape)
@@ -33,7 +41,7 @@ def test_the_adjoint_of_a_matrix_is_exact() -> None:
     torch.testing.assert_close((operator(x) * y).sum(), (x * operator.adjoint(y)).sum())
 
 
-def test_a_hidden_box_is_black_and_the_rest_is_as_it_was() -> None:
+def test_a_hidden_box_is_grey_and_the_rest_is_as_it_was() -> None:
     x = randn(1, 1, 6, 6)
     seen = HiddenBox(1, 2, 3, 2)(x)
     assert not seen[..., 1:4, 2:4].any()
@@ -49,10 +57,19 @@ def test_the_share_of_hidden_pixels_is_the_one_asked_for_and_the_seed_decides_wh
     assert not torch.equal(seen, HiddenPixels(0.9, seed=1)(x))
 
 
-def test_the_blur_is_that_of_torchvision_inside_the_picture() -> None:
-    x = randn(2, 3, 16, 16)
-    ours, theirs = Blur(1.5, 7)(x), gaussian_blur(x, [7, 7], [1.5, 1.5])
-    torch.testing.assert_close(ours[..., 3:-3, 3:-3], theirs[..., 3:-3, 3:-3])
+def test_the_blur_is_that_of_torchvision_which_mirrors_the_picture() -> None:
+    for size, height, width in ((7, 16, 9), (15, 8, 16)):
+        x = randn(2, 3, height, width)
+        torch.testing.assert_close(Blur(1.5, size)(x), gaussian_blur(x, [size] * 2, [1.5] * 2))
+
+
+def test_a_blur_can_see_zeros_outside_the_picture_instead() -> None:
+    x = randn(2, 3, 12, 8)
+    wide = gaussian_blur(F.pad(x, (3, 3, 3, 3)), [7, 7], [1.5, 1.5])
+    torch.testing.assert_close(Blur(1.5, 7, "zeros")(x), wide[..., 3:-3, 3:-3])
+    bright = torch.ones(1, 1, 8, 8)
+    assert float(Blur(1.5, 7, "zeros")(bright)[..., 0, 0]) < 0.5
+    torch.testing.assert_close(Blur(1.5, 7)(bright), bright)
 
 
 def test_downsampling_takes_means() -> None:
@@ -63,5 +80,9 @@ def test_downsampling_takes_means() -> None:
 def test_sizes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(FewstepError, match="odd side"):
         Blur(1.0, 4)
+    with pytest.raises(FewstepError, match="reflect or zeros, not 'black'"):
+        Blur(1.0, 5, "black")  # type: ignore[arg-type]
+    with pytest.raises(FewstepError, match="cannot mirror a side of 8"):
+        Blur(3.0, 17)(torch.zeros(1, 1, 8, 8))
     with pytest.raises(FewstepError, match="squares of 3"):
         Downsample(3)(torch.zeros(1, 1, 4, 6))

@@ -27,6 +27,7 @@ from fewstep.guidance import (
     DiffAugment,
     EachFrame,
     Energy,
+    FreeDoMCfg,
     Guidance,
     Normalised,
     Polyak,
@@ -153,8 +154,14 @@ def test_the_loss_of_the_decoded_sample_falls(pipeline: Any, name: str) -> None:
 OWN = [("sd", 4.0), ("sd", 1.0), ("sd2-v", 4.0), ("sd3", 4.0), ("flux", 1.0), ("wan", 4.0)]
 
 
-@pytest.mark.parametrize(("name", "scale"), OWN)
-@pytest.mark.parametrize("rule", [Scheduled(8.0, "score"), Capped(Normalised(1.0), 0.1)])
+SHIFTS = [Scheduled(8.0, "score"), Capped(Normalised(1.0), 0.1)]
+BY_THE_GAP = [(name, 4.0, FreeDoMCfg(0.05)) for name in ("sd", "sd2-v", "sd3")]
+BY_THE_GAP += [("wan", 4.0, FreeDoMCfg(10.0))]  # whose random weights hardly hear a prompt
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "rule"), [(*own, rule) for own in OWN for rule in SHIFTS] + BY_THE_GAP
+)
 def test_deterministic_first_order_steps_are_those_of_our_own_loop(
     folders: Any, pipeline: Any, name: str, scale: float, rule: Any
 ) -> None:
@@ -448,6 +455,12 @@ def test_pure_noise_of_a_flow_has_no_score(pipeline: Any) -> None:
     pipe = pipeline("sd3")
     with guide(pipe, DARK), pytest.raises(FewstepError, match="window's high below 1000"):
         run(pipe, "sd3")
+
+
+def test_a_rule_that_measures_by_the_guidance_scale_needs_one(pipeline: Any) -> None:
+    pipe, rule = pipeline("sd"), Guidance(Near(-1.0), FreeDoMCfg())
+    with guide(pipe, rule), pytest.raises(FewstepError, match="the pipeline's guidance_scale"):
+        run(pipe, "sd", guidance_scale=1.0)
 
 
 def test_the_true_guidance_of_flux_is_asked_for_and_then_combined(pipeline: Any) -> None:

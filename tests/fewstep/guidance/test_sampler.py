@@ -5,10 +5,9 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fewstep.diffusion import (
-    Backbone,
     Cond,
     Denoiser,
     Guided,
@@ -36,29 +35,11 @@ from fewstep.guidance import (
 )
 from fewstep.networks import RingMixture
 
-from guided import MATRIX, NOISE, TARGET, TIMES, randn
+from guided import MATRIX, NOISE, TARGET, TIMES, picture_net, randn
 
 
 def generators(count: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in range(count)]
-
-
-class Pictures(Backbone):
-    """A small convolution with a condition that has a null."""
-
-    sample_shape = (3, 8, 8)
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer = nn.Conv2d(3, 3, 3, padding=1, dtype=torch.float64)
-
-    def forward(self, x_t: Tensor, t: Tensor, level: Tensor | None = None) -> Tensor:
-        shift = 0.0 if level is None else level[:, None, None, None]
-        return torch.tanh(self.layer(x_t) + shift)
-
-    def null_cond(self, cond: Cond) -> dict[str, Tensor]:
-        return {"level": torch.zeros_like(cond["level"])}
 
 
 @dataclass(frozen=True)
@@ -66,10 +47,6 @@ class Distance(Energy):
     def __call__(self, x0: Tensor, target: Tensor | None) -> Tensor:
         assert target is not None
         return (torch.tanh(x0) - target).square().mean((1, 2, 3))
-
-
-def picture_net() -> Denoiser:
-    return Denoiser(Pictures(), VPSchedule(trajectory_end="clean"), "epsilon")
 
 
 EVERYTHING = Guidance(

@@ -83,6 +83,22 @@ def test_a_candidate_is_a_function_of_seed_sample_and_number_alone(net: Any) -> 
     assert not torch.equal(selected(net, seed=1).losses, run.losses)
 
 
+@pytest.mark.parametrize("together", [1, 4])
+def test_the_first_candidate_can_be_the_sample_there_would_be_without(
+    net: Any, together: int
+) -> None:
+    def draws() -> list[torch.Generator]:
+        return [torch_generator(9, "own", n) for n in NUMBERS]
+
+    own = plain(net)(NOISE, None, None, draws()).samples
+    best = BestOf(6, MATRIX, together=together)
+    run = best(plain(net), NOISE, NUMBERS, target=TARGET, first=(NOISE, draws()))
+    torch.testing.assert_close(run.losses[0], MATRIX(own, TARGET))
+    torch.testing.assert_close(run.losses[1:], selected(net).losses[1:])
+    blind = best(plain(net), NOISE, NUMBERS, target=TARGET, first=(NOISE, None))
+    assert (blind.losses[0] - run.losses[0]).abs().min() > 1e-6  # another walk from that noise
+
+
 def test_guidance_and_noise_optimisation_are_drawn_from_like_any_sampler(net: Any) -> None:
     guidance = Guidance(MATRIX, Scheduled(0.2))
     search = NoiseOptimisation(MATRIX, Capped(Polyak(0.5), 0.2), iterations=3)

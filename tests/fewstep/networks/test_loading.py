@@ -87,7 +87,7 @@ def test_an_unsafe_pickle_is_refused_and_not_run(tmp_path: Path, plain: bool) ->
         path.write_bytes(pickle.dumps(content))
     else:
         torch.save(content, path)
-    with pytest.raises(FewstepError, match="more than plain tensors"):
+    with pytest.raises(FewstepError, match="is damaged" if plain else "more than plain tensors"):
         load_denoiser(path)
     assert not flag.exists()
     torch.load(path, weights_only=False) if not plain else pickle.loads(path.read_bytes())
@@ -99,7 +99,7 @@ def test_a_truncated_file_is_reported(tmp_path: Path, share: float) -> None:
     path = write(tmp_path / "last.ckpt", student=trained(0))
     whole = path.read_bytes()
     path.write_bytes(whole[: int(share * len(whole))])
-    with pytest.raises(FewstepError, match=r"last\.ckpt.*truncated"):
+    with pytest.raises(FewstepError, match=r"last\.ckpt.* is damaged"):
         load_denoiser(path)
 
 

@@ -296,6 +296,20 @@ def test_prediction_type_and_betas_come_from_the_folder(load: Any) -> None:
     assert float(loaded.schedule.alpha(torch.tensor([999.0]))) == pytest.approx(0, abs=1e-6)
 
 
+def test_an_animatediff_with_the_image_models_betas_is_warned_of(
+    load: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = shutil.copytree(load("animatediff")[0].folder, tmp_path / "pipe")
+    load_denoiser_of(folder)
+    assert not caplog.records
+    path = folder / "scheduler/scheduler_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "beta_schedule": "scaled_linear"}))
+    load_denoiser_of(folder)
+    (record,) = caplog.records
+    assert "beta_schedule 'scaled_linear'" in record.getMessage()
+    assert "with 'linear'" in record.getMessage()
+
+
 def test_a_flow_may_hide_in_a_scheduler_for_betas(load: Any, tmp_path: Path) -> None:
     folder = shutil.copytree(load("wan")[0].folder, tmp_path / "wan")
     released = UniPCMultistepScheduler(

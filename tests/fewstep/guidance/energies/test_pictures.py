@@ -113,6 +113,13 @@ def test_a_network_is_loaded_by_its_class_from_a_folder_or_a_file(
         assert not any(p.requires_grad for p in found.parameters())
 
 
+def test_weights_from_within_data_parallel_are_those_of_the_network(tmp_path: Path) -> None:
+    source, path = nn.Linear(3, 2), tmp_path / "netG.pth"
+    torch.save({f"module.{k}": v for k, v in source.state_dict().items()}, path)
+    found = with_weights(nn.Linear(3, 2), str(path))
+    assert torch.equal(found(torch.ones(1, 3)), source(torch.ones(1, 3)))
+
+
 def test_weights_of_another_network_are_refused(vit: Path, tmp_path: Path) -> None:
     path = tmp_path / "weights.safetensors"
     save_file({"weight": torch.zeros(2, 3)}, path)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import jsonargparse
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from fewstep.errors import FewstepError
-from fewstep.networks import DiT, ema_update
+from fewstep.networks import DiT, UViT, ema_update
 from fewstep.networks.gates import (
     ResidualGates,
     apply_gates,
@@ -42,10 +42,8 @@ UNITS = {  # at the branch and at the block level
     "uvit": (6, 3),  # and a long skip
     "own_latte": (4, 2),  # a block in space, one in time
 }
-HALVES = dict.fromkeys(UNITS, (torch.bfloat16,))
-HALVES |= dict.fromkeys(
-    ("dit", "flux", "unet2d", "uvit", "own_latte"), (torch.bfloat16, torch.float16)
-)
+LARGE = ("unet", "modelscope", "animatediff")
+SIZED = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in UNITS]
 
 
 def gates(family: str, level: Any = "branch", **more: Any) -> ResidualGates:
@@ -66,19 +64,88 @@ def test_gates_of_zeros_change_no_bit_and_others_do(family: str, level: str, tin
     table = apply_gates(it.network, gates(family, level, alpha_shape="channel"))
     for train in (True, False):
         assert torch.equal(it(it.network.train(train)), it(plain.train(train)))
-    for dtype in HALVES[family]:
-        gated, half = copy.deepcopy(it.network).to(dtype), copy.deepcopy(plain).to(dtype)
-        assert it(half).isfinite().all()
-        assert torch.equal(it(gated), it(half))
     expected = it(plain)
-    with torch.no_grad():
-        for name, parameter in it.network.named_parameters():
-            if name.endswith("delta"):
-                parameter.fill_(-0.5)
+    halve_alphas(it.network)
     assert (it() - expected).norm() / expected.norm() > 0.01
     units = [row for row in table.rows if "skip" not in row.name]
     assert len(units) == UNITS[family][level == "block"]
     assert table.parameters == sum(p.numel() for p in gate_parameters(it.network))
+
+
+@torch.no_grad()
+def halve_alphas(network: nn.Module) -> None:
+    for name, parameter in network.named_parameters():
+        if name.endswith("delta"):
+            parameter.fill_(-0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("level", ["branch", "block"])
+@pytest.mark.parametrize("kind", SIZED)
+def test_nor_do_they_in_half_precision(
+    kind: str, level: str, dtype: torch.dtype, tiny: Tinies
+) -> None:
+    it = tiny(kind)
+    half = copy.deepcopy(it.network).to(dtype)
+    apply_gates(it.network, gates(kind, level, alpha_shape="channel"))
+    it.network.to(dtype)
+    for train in (True, False):
+        expected = it(half.train(train))
+        assert expected.isfinite().all()
+        assert torch.equal(it(it.network.train(train)), expected)
+    halve_alphas(it.network)
+    assert not torch.equal(it(), expected)
+
+
+def recomputing(network: Any) -> Any:
+    """With recomputed activations: in diffusers' own way, or in fewstep's where it has none."""
+    if hasattr(network, "enable_gradient_checkpointing"):
+        network.enable_gradient_checkpointing()
+    else:
+        checkpoint_activations(network)
+    return network
+
+
+def same_gradients(gated: nn.Module, plain: nn.Module) -> None:
+    """Whether all weights but the gates' have the same gradients, to the bit."""
+    found = {name: p.grad for name, p in gated.named_parameters() if "rdm_" not in name}
+    wanted = {name: p.grad for name, p in plain.named_parameters()}
+    assert found.keys() == wanted.keys()
+    assert sum(gradient is not None for gradient in wanted.values()) > len(wanted) / 2
+    for name, gradient in wanted.items():
+        mine = found[name]
+        assert (mine is None) == (gradient is None), name
+        assert mine is None or torch.equal(mine, cast(Any, gradient)), name
+
+
+RECOMPUTED = [
+    pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
+    for name in UNITS
+    if name != "modelscope"  # whose class cannot
+]
+
+
+@pytest.mark.parametrize("level", ["branch", "block"])
+@pytest.mark.parametrize("kind", RECOMPUTED)
+def test_nor_do_they_or_any_gradient_where_activations_are_recomputed(
+    kind: str, level: str, tiny: Tinies
+) -> None:
+    it = tiny(kind)
+    plain = recomputing(copy.deepcopy(it.network)).train()
+    apply_gates(it.network, gates(kind, level))
+    recomputing(it.network).train()
+    calls: list[int] = []
+    for layer in it.network.modules():
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(lambda *_: calls.append(1))
+    output, expected = it(), it(plain)
+    assert torch.equal(output, expected)
+    once = len(calls)
+    output.square().mean().backward()
+    expected.square().mean().backward()
+    assert len(calls) > once  # or nothing was computed again
+    same_gradients(it.network, plain)
+    assert all(p.grad is not None for p in gate_parameters(it.network))
 
 
 @pytest.mark.parametrize("level", ["branch", "block"])
@@ -200,6 +267,19 @@ def test_whole_networks_compile_without_a_break(level: str, tiny: Tinies) -> Non
         torch.testing.assert_close(it(), expected, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.threads
+@pytest.mark.parametrize("name", ["dit", "uvit", "unet2d"])
+def test_gates_of_zeros_change_no_bit_of_a_compiled_network(name: str, tiny: Tinies) -> None:
+    it = tiny(name)
+    plain = copy.deepcopy(it.network)
+    apply_gates(it.network, gates(name, alpha_shape="channel"))
+    for network in (plain, it.network):
+        network.compile(backend="aot_eager")
+    for train in (True, False):
+        assert torch.equal(it(it.network.train(train)), it(plain.train(train)))
+
+
 def test_frozen_roles_in_bfloat16_keep_float32_gates() -> None:
     network = DiT(8, 3, num_layers=1)
     apply_gates(network, ResidualGates())
@@ -224,6 +304,22 @@ def test_a_pattern_may_name_layers_that_end_no_known_branch(tiny: Tinies) -> Non
     assert table.rows[0].channels == 16
     assert "proj_out_2.rdm_gate" in str(table)
     assert "1 gates with 17 parameters: mode alpha_beta at the branch level" in str(table)
+
+
+def test_an_overview_has_a_line_for_gates_that_differ_in_numbers_alone(tiny: Tinies) -> None:
+    network = tiny("unet").network
+    table = apply_gates(network, ResidualGates(include=["ff", r"down\S+resnets"], skip=True))
+    assert table.overview.splitlines() == [
+        "  1 x down_blocks.0.attentions.0.transformer_blocks.0.ff.net.2.rdm_gate",
+        "  2 x down_blocks.0-1.resnets.0.conv2.rdm_gate",
+        "  2 x up_blocks.1.attentions.0-1.transformer_blocks.0.ff.net.2.rdm_gate",
+        "  1 x mid_block.attentions.0.transformer_blocks.0.ff.net.2.rdm_gate",
+        "  2 x up_blocks.0-1.rdm_skip",
+        table.summary,
+    ]
+    network = UViT(8, 3, num_layers=12, num_heads=2, head_dim=8, long_skips=False)
+    table = apply_gates(network, ResidualGates(exclude=[r"blocks\.[3-5]\.", r"blocks.7", "attn"]))
+    assert table.overview.splitlines()[0] == "  8 x blocks.0-2,6,8-11.ff.net.2.rdm_gate"
 
 
 def test_no_gates_at_all_are_a_baseline(tiny: Tinies) -> None:

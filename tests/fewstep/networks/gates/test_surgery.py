@@ -55,9 +55,9 @@ def denoiser(layers: int = 2, kind: str = "dit") -> Denoiser:
 
 
 def raw(model: Denoiser) -> Tensor:
-    x = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(1)).double()
+    x = torch.randn(2, *model.sample_shape, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model.raw(x, T, COND)
+        return model.raw(x.to(next(model.parameters()).dtype), T, COND)
 
 
 def blocks_of(model: Denoiser) -> list[nn.Module]:
@@ -97,6 +97,68 @@ def test_each_doubling_halves_what_the_next_one_changes(
     assert changes[0] > 1e-3 * outputs[0].norm()
     ratios = [float(b / a) for a, b in pairwise(changes)]
     assert ratios[-2:] == pytest.approx([0.5, 0.5], abs=0.03)
+
+
+@pytest.mark.parametrize("kind", list(MAKERS))
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize(
+    "options",
+    [{"time_conditioned": True}, {"mode": "full", "level": "block", "alpha_shape": "channel"}],
+    ids=["branch", "block"],
+)
+def test_new_blocks_of_zeros_change_no_bit_and_learn(
+    kind: str, layers: int, options: dict[str, Any], tmp_path: Path
+) -> None:
+    if kind == "latte" and layers % 2:
+        layers += 1  # its blocks take turns
+    for dtype in (torch.float32, torch.float64):
+        model = denoiser(layers, kind).to(dtype)
+        apply_gates(model, ResidualGates(**options))
+        disturb(model)
+        before = raw(model)
+        assert grow(model, "zero") == 2 * layers
+        assert torch.equal(raw(model), before)
+    assert torch.equal(raw(rebuilt(model, tmp_path)), before)
+    x = torch.randn(2, *model.sample_shape).double()
+    gradients = torch.autograd.grad(model.raw(x, T, COND).mean(), gate_parameters(model))
+    assert all(gradient.any() for gradient in gradients)
+    disturb(model)
+    assert not torch.allclose(raw(model), before)
+
+
+def test_of_each_two_blocks_the_first_keeps_its_gates_and_the_second_has_zeros() -> None:
+    model = denoiser()
+    apply_gates(model, ResidualGates(mode="full", level="block"))
+    disturb(model)
+    before = [(one.alpha, one.beta, one.rho) for one in gate_values(gate_tensors(model))]
+    grow(model, "zero")
+    after = [(one.alpha, one.beta, one.rho) for one in gate_values(gate_tensors(model))]
+    assert after == [before[0], (0, 0, 1), before[1], (0, 0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("zeroed", "told"),
+    [
+        ("transformer_blocks.1.norm1.linear", r"modulation '.*' \(adaLN-Zero\) is zero too"),
+        ("transformer_blocks.0.ff.net.2", r"blocks.0.ff.net.2': its last layer is zero too"),
+    ],
+)
+def test_new_blocks_that_could_never_learn_are_refused_and_halves_are_not(
+    zeroed: str, told: str
+) -> None:
+    model = denoiser()
+    apply_gates(model, ResidualGates())
+    with torch.no_grad():
+        for parameter in (
+            model.backbone.get_submodule("transformer")
+            .get_submodule(zeroed)
+            .parameters(recurse=False)
+        ):
+            parameter.zero_()
+    with pytest.raises(FewstepError, match=f"{told}.*--new-blocks half"):
+        grow(model, "zero")
+    assert len(blocks_of(model)) == 2
+    assert grow(model) == 4
 
 
 def test_grown_gates_halve_alpha_beta_and_the_change_of_rho() -> None:
@@ -235,7 +297,7 @@ def _compiled() -> Denoiser:
     ("make", "complaint"),
     [
         (denoiser, "Only a gated network can grow"),
-        (lambda: _gated(mode="beta"), "have no alpha"),
+        (lambda: _gated(mode="beta"), "have no alpha that could scale"),
         (lambda: _gated(exclude=["blocks.0"]), "gate all of them"),
         (_sharing_a_base, "has LoRA adapters"),
         (_compiled, "is compiled"),

@@ -1,0 +1,52 @@
+"""The front door: its help, and what it says of a command that was interrupted."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from scripts import main as front_door
+from scripts.experiments import find_experiment
+
+
+@pytest.mark.parametrize(
+    ("command", "said"),
+    [
+        ("fit", "Stopped. The same command with --ckpt_path last goes on."),
+        ("demo", "Stopped. The same command goes on."),
+        ("suite", "Stopped. The same command goes on."),
+        ("evaluate", "Stopped."),
+        ("shards", "Stopped."),
+    ],
+)
+def test_an_interrupted_command_says_whether_it_goes_on(
+    command: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(front_door, "run", interrupted)
+    assert front_door.main([command]) == 130
+    assert capsys.readouterr().err.strip() == said
+
+
+def test_help_names_an_experiment_that_there_is_and_all_that_gates_can_do() -> None:
+    for name in re.findall(r"-c ([\w/]+)", front_door.HELP):
+        find_experiment(name)
+    (line,) = (line for line in front_door.HELP.splitlines() if line.startswith("  gates"))
+    for action in ("apply", "merge", "report", "sensitivity", "grow", "prune"):
+        assert action in line
+
+
+def test_help_of_fit_speaks_of_checkpoints_as_submit_does(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        front_door.run(["fit", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--ckpt_path CKPT_PATH 'last' goes on with the newest run; or a checkpoint file" in said
+    assert "hpc" not in said
