@@ -69,6 +69,7 @@ def test_its_method_trains_on_two_ranks_as_on_one_device(
         assert_same_run(rank, alone)
 
 
+@pytest.mark.slow
 def test_its_experiment_trains_and_draws_the_student_at_its_own_steps(page: ModuleType) -> None:
     small = {"trainer": two_updates(), "data": {"init_args": {"batch_size": 16}}}
     Path("small.yaml").write_text(yaml.safe_dump(small))

@@ -279,6 +279,6 @@ def test_what_cannot_work_is_refused_with_what_to_do() -> None:
         AdversarialPostTraining(teacher, teacher, exact_penalty=True, compile_blocks=True)
     with pytest.raises(FewstepError, match="must be positive"):
         AdversarialPostTraining(teacher, teacher, sigma=0.0)
-    other = AdversarialPostTraining(teacher, lambda: Denoiser(DiT(4, 1), FlowSchedule(), "epsilon"))
-    with pytest.raises(FewstepError, match="give the diffusion model that `start` came from"):
+    other = AdversarialPostTraining(teacher, lambda: Denoiser(DiT(8, 3), FlowSchedule(), "epsilon"))
+    with pytest.raises(FewstepError, match="`start` does not fit `teacher`"):
         other.configure_model()

@@ -298,7 +298,7 @@ def test_sharded_gates_are_float32_where_the_network_computes_in_bfloat16() -> N
         assert dtypes == {"gate": {torch.float32}, "layer": {torch.bfloat16}}
 
 
-@pytest.mark.parametrize("kind", ["single", "fsdp"])
+@pytest.mark.parametrize("kind", ["single", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_a_resumed_gated_run_is_bit_equal_to_the_undisturbed_one(kind: str, tmp_path: Path) -> None:
     world = 1 if kind == "single" else 2
     undisturbed = run_ranks(world, run, tmp_path, kind, world, "gated", 4, None, None, 2)

@@ -25,7 +25,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "lcm with adapters": {"lora": LoRA(rank=2, dropout=0.1)},
     "pcm with an average as target": {"target_network": "ema"},
 }
-FAST = ("adversarial", "mcm", "apt", "lcm with adapters")
+FAST = ("adversarial", "lcm with adapters")
 CASES = [pytest.param(c, marks=() if c in FAST else pytest.mark.slow) for c in OPTIONS]
 
 

@@ -21,8 +21,8 @@ from training_runs import assert_same_run, run, trained
 @pytest.mark.parametrize(
     "name",
     [
-        *("teacher", "adversarial", "mcm", "apt"),
-        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "pcm")),
+        *("teacher", "adversarial", "mcm"),
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("lcm", "pcm", "apt")),
     ],
 )
 @pytest.mark.parametrize(

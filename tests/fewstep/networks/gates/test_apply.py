@@ -79,8 +79,10 @@ def halve_alphas(network: nn.Module) -> None:
             parameter.fill_(-0.5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("level", ["branch", "block"])
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float16, marks=pytest.mark.slow)]
+)
+@pytest.mark.parametrize("level", ["branch", pytest.param("block", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", SIZED)
 def test_nor_do_they_in_half_precision(
     kind: str, level: str, dtype: torch.dtype, tiny: Tinies
