@@ -110,6 +110,7 @@ class FewstepCLI(LightningCLI):
 
     def __init__(self, arguments: list[str]) -> None:
         quieten()
+        self.command = arguments[0]
         steered, self.steering = expand_steering(arguments)
         expanded, self.experiment = expand_arguments(steered)
         # Of a dataclass's field any subclass, or a function that makes one, may be named.
@@ -131,17 +132,13 @@ class FewstepCLI(LightningCLI):
             args=expanded,
         )
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The commands and the arguments of each that are not options."""
-        skipped = {"model", "datamodule"}
-        return {
-            "fit": skipped | {"train_dataloaders", "val_dataloaders", "weights_only"},
-            "validate": skipped | {"dataloaders", "weights_only", "verbose"},
-            "evaluate": skipped,
-            "sample": skipped,
-            "plan": skipped,
+    def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
+        """The command that was given, and what it hides: parsers of all would take long to build."""
+        hidden = {
+            "fit": {"train_dataloaders", "val_dataloaders", "weights_only"},
+            "validate": {"dataloaders", "weights_only", "verbose"},
         }
+        return {self.command: {"model", "datamodule"} | hidden.get(self.command, set())}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Adds where the run is kept."""

@@ -20,11 +20,6 @@ class SearchCLI(FewstepCLI):
     made_trainer = SearchTrainer
     prog = "fewstep guidance"
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """The command, and its arguments that are not options."""
-        return {"search": {"model", "datamodule"}}
-
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Tells the trainer how the configuration names what guides."""
         trainer = cast(SearchTrainer, super().instantiate_trainer(**ONE_DEVICE, **kwargs))

@@ -114,7 +114,14 @@ def test_two_ranks_end_alike_where_only_the_first_writes(tmp_path: Path) -> None
     assert run_ranks(2, fit_with, tmp_path, None, options) == [6, 6]
 
 
-@pytest.mark.parametrize("ranks", [(0,), (1,), (0, 1)])
+@pytest.mark.parametrize(
+    "ranks",
+    [
+        pytest.param((0,), marks=pytest.mark.slow),
+        (1,),
+        pytest.param((0, 1), marks=pytest.mark.slow),
+    ],
+)
 def test_two_ranks_end_alike_whichever_shard_did_not_fit(
     ranks: tuple[int, ...], tmp_path: Path
 ) -> None:

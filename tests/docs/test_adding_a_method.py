@@ -59,7 +59,7 @@ def test_its_method_resumes_bit_for_bit(page: ModuleType, tmp_path: Path) -> Non
         assert torch.equal(value, found[1][name]), name
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
 def test_its_method_trains_on_two_ranks_as_on_one_device(
     kind: str, page: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:

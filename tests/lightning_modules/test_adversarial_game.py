@@ -172,6 +172,7 @@ def test_dirac_gans_of_all_strengths_end_where_they_are_known_to() -> None:
     assert ends.tolist() == pytest.approx(list(RADII.values()), rel=0.03, abs=0)
 
 
+@pytest.mark.slow
 def test_a_sampled_penalty_leads_along_the_path_of_the_exact_one() -> None:
     """With 256 draws an update; 2.3% off at most with these."""
     made = torch.Generator().manual_seed(0)

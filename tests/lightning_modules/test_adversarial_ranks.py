@@ -34,8 +34,8 @@ OUTPUT = "proj_out"  # layers of a DiT behind its last block
 @pytest.mark.parametrize(
     ("kind", "world", "checkpointed"),
     [
-        ("ddp", 2, True),
         ("fsdp", 2, True),
+        pytest.param("ddp", 2, True, marks=SLOW),
         pytest.param("ddp", 2, False, marks=SLOW),
         pytest.param("fsdp", 2, False, marks=SLOW),
         pytest.param("hybrid", 4, True, marks=SLOW),

@@ -77,7 +77,7 @@ def test_checkpoints_come_at_the_stated_student_updates(
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("accumulate", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_killed_and_resumed_run_is_bit_equal_to_an_undisturbed_one(
     method: str, accumulate: int, teacher: Callable[[], Denoiser], fit: Fit, tmp_path: Path
 ) -> None:

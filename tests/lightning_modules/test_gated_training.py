@@ -243,7 +243,7 @@ def test_a_guidance_input_that_gates_alone_would_never_train_is_refused(tmp_path
     ConsistencyDistillation(base, gates=ResidualGates(), **options).configure_model()
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 @pytest.mark.parametrize(
     "options",
     [{}, {"train_only": "gates", "checkpoint_activations": True}],

@@ -29,7 +29,7 @@ from tiny_transformers import save_sd3
 SMALL = LoRA(rank=4)
 
 
-@pytest.fixture(scope="module", params=["sd", "sd3"])
+@pytest.fixture(scope="module", params=[pytest.param("sd", marks=pytest.mark.slow), "sd3"])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     save = {"sd": save_stable_diffusion, "sd3": save_sd3}[request.param]
     return save(tmp_path_factory.mktemp("pipelines") / request.param)

@@ -218,7 +218,9 @@ def test_the_composition_of_the_teachers_steps_is_the_fixed_point(
     assert (float(loss_of(module)) < 1e-24) == (motion is FrameDifference)
 
 
-@pytest.mark.parametrize("motion", [RawMotion, FrameDifference])
+@pytest.mark.parametrize(
+    "motion", [pytest.param(RawMotion, marks=pytest.mark.slow), FrameDifference]
+)
 def test_training_finds_the_fixed_point_up_to_what_the_representation_leaves_free(
     motion: Any, float64: None
 ) -> None:
@@ -382,7 +384,9 @@ def test_all_generated_is_warned_about(caplog: pytest.LogCaptureFixture) -> None
 # ---------------------------------------------------------------------- latents
 
 
-@pytest.mark.parametrize(("share", "encodings"), [(0.0, [2, 2]), (1.0, [])])
+@pytest.mark.parametrize(
+    ("share", "encodings"), [(0.0, [2, 2]), pytest.param(1.0, [], marks=pytest.mark.slow)]
+)
 def test_only_videos_that_trajectories_start_from_are_encoded(
     share: float, encodings: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,7 +130,7 @@ def test_a_run_killed_at_any_moment_of_saving_is_resumable(
     assert all(p.isfinite().all() for p in saved.denoiser.parameters())
 
 
-FAST = {("single", 1, "fsdp"), ("fsdp", 4, "ddp")}
+FAST = {("fsdp", 4, "ddp")}
 WAYS = [
     pytest.param(kind, world, there, marks=() if (kind, world, there) in FAST else pytest.mark.slow)
     for kind, world in [("single", 1), ("ddp", 2), ("fsdp", 1), ("fsdp", 4)]

@@ -68,7 +68,10 @@ def test_a_copy_of_a_recomputing_network_is_a_network_of_its_own() -> None:
     assert first.state_dict().keys() == network().state_dict().keys()
 
 
-@pytest.mark.parametrize(("kind", "world"), [("single", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize(
+    ("kind", "world"),
+    [("single", 1), ("fsdp", 2), pytest.param("ddp", 2, marks=pytest.mark.slow)],
+)
 def test_training_with_recomputed_activations_is_the_same_training(kind: str, world: int) -> None:
     (expected,) = trained(1, "single", "adversarial")
     for found in trained(world, kind, "adversarial", checkpoint_activations=True):
@@ -85,7 +88,12 @@ def test_hybrid_sharding_trains_as_one_device_does() -> None:
 
 @pytest.mark.parametrize(
     ("kind", "world", "shard_frozen"),
-    [("single", 1, True), ("ddp", 2, True), ("fsdp", 2, True), ("fsdp", 2, False)],
+    [
+        ("single", 1, True),
+        ("fsdp", 2, True),
+        pytest.param("ddp", 2, True, marks=pytest.mark.slow),
+        pytest.param("fsdp", 2, False, marks=pytest.mark.slow),
+    ],
 )
 def test_a_frozen_teacher_in_half_precision_teaches_about_the_same(
     kind: str, world: int, shard_frozen: bool
@@ -100,7 +108,10 @@ def test_a_frozen_teacher_in_half_precision_teaches_about_the_same(
 
 @pytest.mark.parametrize(
     ("kind", "world"),
-    [("single", 1), ("ddp", 2), ("fsdp", 2), pytest.param("hybrid", 4, marks=pytest.mark.slow)],
+    [
+        *(("single", 1), ("fsdp", 2)),
+        *(pytest.param(k, n, marks=pytest.mark.slow) for k, n in (("ddp", 2), ("hybrid", 4))),
+    ],
 )
 def test_mixed_precision_keeps_float32_weights_and_about_the_same_losses(
     kind: str, world: int
@@ -162,7 +173,7 @@ class SamplesEachUpdate(pl.Callback):
         pl_module.sample(noise, labels, 2, role="ema")
 
 
-@pytest.mark.parametrize("name", ["lcm", "adversarial"])
+@pytest.mark.parametrize("name", [pytest.param("lcm", marks=pytest.mark.slow), "adversarial"])
 def test_a_sharded_average_goes_on_after_it_has_sampled(name: str) -> None:
     assert run_ranks(2, sampled_while_training, "fsdp", 2, name) == [True, True]
 

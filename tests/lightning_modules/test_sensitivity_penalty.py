@@ -94,7 +94,7 @@ def test_a_heavy_penalty_makes_units_even(tmp_path: Path) -> None:
     assert then[10] < 0.5 * first[10]
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("kind", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_two_ranks_have_the_penalty_of_one_device(kind: str) -> None:
     (alone,) = trained(1, "single", "gated", **OPTIONS, sensitivity=PENALTY)
     (plain,) = trained(1, "single", "gated", **OPTIONS)

@@ -125,7 +125,7 @@ def far_apart(found: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
     ("dtype", "checkpoint", "loss_limit", "gradient_limit"),
     [
         (torch.float64, False, 1e-12, 1e-9),
-        (torch.float64, True, 1e-12, 1e-9),
+        pytest.param(torch.float64, True, 1e-12, 1e-9, marks=pytest.mark.slow),
         # Guidance and 1 / alpha make more of rounding than the pseudo-Huber constant forgives.
         (torch.float32, False, 1e-5, 5e-4),
     ],
@@ -169,7 +169,7 @@ def test_steps_of_both_sides_train_the_same_weights() -> None:
         torch.testing.assert_close(other[name], average, rtol=1e-3, atol=1e-7)
 
 
-@pytest.mark.parametrize("bases", ["fp32", "bf16"])
+@pytest.mark.parametrize("bases", [pytest.param("fp32", marks=pytest.mark.slow), "bf16"])
 def test_in_bfloat16_everything_trained_has_a_gradient_in_float32(bases: str) -> None:
     settings = settings_of(
         parser().parse_args([*TINY_OPTIONS, "--dtype", "bf16", "--plain-bases", bases])

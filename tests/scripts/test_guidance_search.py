@@ -212,7 +212,7 @@ def digits(part: str) -> list[str]:
 @pytest.mark.parametrize(
     ("part", "message"),
     [
-        ("guide", "looks through the network of the guide"),
+        pytest.param("guide", "looks through the network of the guide", marks=pytest.mark.slow),
         ("judge", "is the judge of this experiment's ClassAccuracy"),
     ],
 )

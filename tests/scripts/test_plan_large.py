@@ -218,7 +218,7 @@ def test_the_configuration_or_the_command_says_how_many_copies_there_are(
     monkeypatch.setattr(scripts.trainer, "plan_of", planned)
     with pytest.raises(AskedError) as caught:
         run(["plan", "-c", "analytic/lcm", "--devices", "8", *asked])
-    assert caught.value.args == (8, strategy, "32-true", copies)
+    assert caught.value.args[:4] == (8, strategy, "32-true", copies)
 
 
 def test_a_run_that_has_not_been_yet_starts_from_its_experiment_s_pipeline(

@@ -61,7 +61,7 @@ def fit(
     return status, printed.getvalue()
 
 
-@pytest.mark.parametrize("strategy", [None, "ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [None, pytest.param("ddp", marks=pytest.mark.slow), "fsdp2"])
 def test_a_run_preempted_before_it_was_measured_is_measured_when_it_is_resumed(
     strategy: str | None, tmp_path: Path
 ) -> None:
