@@ -133,7 +133,7 @@ class FewstepCLI(LightningCLI):
         )
 
     def subcommands(self) -> dict[str, set[str]]:  # type: ignore[override]
-        """The command that was given, and what it hides: parsers of all would take long to build."""
+        """The command that was given and what it hides: parsers of all would take long to build."""
         hidden = {
             "fit": {"train_dataloaders", "val_dataloaders", "weights_only"},
             "validate": {"dataloaders", "weights_only", "verbose"},
