@@ -28,6 +28,8 @@ from fewstep.seeding import torch_generator
 from lightning_modules import PhasedConsistencyDistillation
 from lightning_modules.chains import chain_of
 
+from rings import distil
+
 Make = Callable[[], Denoiser]
 MEAN, STD = 1.3, 0.6
 
@@ -428,18 +430,8 @@ def test_four_phases_follow_a_mixtures_teacher_and_only_at_their_own_edges() -> 
     )
     module.configure_model()
     assert module.ema is not None
-    optimizer = torch.optim.Adam(module.student.parameters(), lr=3e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 2500)
     mixture: GaussianMixture = module.student.backbone.mixture  # type: ignore[assignment]
-    for update in range(2500):
-        generator = torch_generator(0, "train", update)
-        samples, _ = mixture.sample(512, generator)
-        batch: Batch = {"sample": samples.float(), "cond": {}, "key": []}
-        (step,) = list(module.updates(batch, module.draw(batch, generator)))
-        optimizer.zero_grad()
-        step.loss.backward()
-        optimizer.step()
-        decay.step()
+    distil(module, mixture, 2500, 512, 3e-3)
     noise = torch.randn(4000, 2, generator=torch_generator(0, "noise"))
     exact = AnalyticDenoiser(mixture, schedule)
     truth = ode_sample(exact, noise.double(), None, schedule.spaced_times(40))

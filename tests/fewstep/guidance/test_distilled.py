@@ -11,7 +11,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fewstep.contracts import Batch
 from fewstep.diffusion import AnalyticDenoiser, Denoiser, DenoiserLike, VPSchedule
 from fewstep.guidance import (
     Capped,
@@ -23,10 +22,10 @@ from fewstep.guidance import (
     guided_sample,
 )
 from fewstep.networks import RingMixture, ring
-from fewstep.seeding import torch_generator
 from lightning_modules import ConsistencyDistillation
 
 from guided import FlowMap, randn
+from rings import distil
 
 STD, COUNT, UPDATES = 0.2, 500, 600
 SCHEDULE, MIXTURE = VPSchedule(), ring(5, std=STD)
@@ -64,17 +63,7 @@ def student() -> Denoiser:
             ema_decay=None,
         )
         module.configure_model()
-    optimizer = torch.optim.Adam(module.student.parameters(), lr=5e-3)
-    decay = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, UPDATES)
-    for update in range(UPDATES):
-        generator = torch_generator(0, "train", update)
-        samples, _ = MIXTURE.sample(256, generator)
-        batch: Batch = {"sample": samples.float(), "cond": {}, "key": []}
-        (step,) = list(module.updates(batch, module.draw(batch, generator)))
-        optimizer.zero_grad()
-        step.loss.backward()
-        optimizer.step()
-        decay.step()
+    distil(module, MIXTURE, UPDATES, 256, 5e-3)
     return module.student.requires_grad_(False).eval()
 
 
