@@ -50,6 +50,7 @@ class FewStepModule(BuiltRoles):
         warmup_updates: student updates over which learning rates rise linearly.
         lr_decay: what learning rates do after the warm-up, until ``max_steps``.
         gradient_clip: largest gradient norm, for each role on its own; null is no clipping.
+        clip_from: student updates before which nothing is clipped.
         accumulate: micro-batches a batch is split into; one batch stays one update.
         ema_decay: decay of the student's average a student update; null keeps none.
         ema_warmup: lower the decay early on, to ``(1 + n) / (10 + n)``.
@@ -90,6 +91,7 @@ class FewStepModule(BuiltRoles):
         warmup_updates: int = 0,
         lr_decay: Literal["constant", "cosine", "linear"] = "constant",
         gradient_clip: float | None = 1.0,
+        clip_from: int = 0,
         accumulate: int = 1,
         ema_decay: float | None = 0.999,
         ema_warmup: bool = True,
@@ -111,6 +113,7 @@ class FewStepModule(BuiltRoles):
         vae_slicing: bool = False,
     ) -> None:
         super().__init__({"student": optimizer}, warmup_updates, lr_decay, gradient_clip)
+        self.clip_from = clip_from
         self.accumulate = accumulate
         self.ema_decay = ema_decay
         self.ema_warmup = ema_warmup

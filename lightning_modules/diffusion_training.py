@@ -4,16 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fewstep.contracts import Batch
-from fewstep.diffusion import Backbone, Denoiser, PredictionType, Schedule, network_target
+from fewstep.diffusion import (
+    Backbone,
+    Denoiser,
+    DenoiserLike,
+    PredictionType,
+    Schedule,
+    VPSchedule,
+    ancestral_sample,
+    ancestral_times,
+    network_target,
+    ode_sample,
+    variational_bound,
+)
 from fewstep.diffusion.losses import mse
 from fewstep.errors import FewstepError
 from fewstep.networks.gates.gate import Gate
+from fewstep.seeding import Generators
 from lightning_modules.base import FewStepModule
 from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
@@ -33,6 +46,10 @@ class DiffusionDraws(Draws):
 class DiffusionTraining(FewStepModule):
     """Denoising training with any prediction type (Ho et al. 2020; Lipman et al. 2023).
 
+    A backbone with learned variances learns them by the variational bound, which does not touch
+    what it predicts: the hybrid loss of Nichol & Dhariwal (2021), with the weight of 1 that the
+    bound has in the code of DiT and Latte.
+
     Args:
         backbone: makes the network.
         schedule: its noise schedule.
@@ -41,6 +58,10 @@ class DiffusionTraining(FewStepModule):
             or a diffusers pipeline.
         cond_dropout: share of samples trained without their condition, for guidance.
         sensitivity: a penalty on residual units that amplify; none by default.
+        sampler: ``ode`` follows the probability-flow ODE; ``ddpm`` draws each step from the reverse
+            process, with learned variances if there are any. Steered samples follow the ODE.
+        guided_channels: guide so many channels of a sample alone; all by default. DiT guides the
+            first three of a latent's four.
         base: options of :class:`~lightning_modules.base.FewStepModule`.
     """
 
@@ -52,6 +73,8 @@ class DiffusionTraining(FewStepModule):
         cond_dropout: float = 0.1,
         start: TeacherSource | None = None,
         sensitivity: SensitivityPenalty | None = None,
+        sampler: Literal["ode", "ddpm"] = "ode",
+        guided_channels: int | None = None,
         **base: Any,
     ) -> None:
         super().__init__(**base)
@@ -62,6 +85,8 @@ class DiffusionTraining(FewStepModule):
         self.cond_dropout = cond_dropout
         self.start = start
         self.sensitivity = sensitivity or SensitivityPenalty()
+        self.sampler = sampler
+        self.guided_channels = guided_channels
         self._weighed: list[list[Gate]] = []
         if self.lora is not None:
             self.frozen_roles = ("teacher",)
@@ -82,6 +107,14 @@ class DiffusionTraining(FewStepModule):
             assert self.make_backbone is not None
             self.student = Denoiser(self.make_backbone(), self.schedule, self.prediction_type)
         self.schedule = self.student.schedule
+        if self.sampler == "ddpm":
+            for steps in self.step_counts():
+                ancestral_times(self.schedule, steps)
+        if self.student.backbone.learned_variance and not isinstance(self.schedule, VPSchedule):
+            raise FewstepError(
+                "Variances are learned by the bound of a variance-preserving schedule, not of "
+                f"{type(self.schedule).__name__}: set the backbone's learned_variance to false."
+            )
 
     def configure_model(self) -> None:
         """Builds the roles, and makes sure that the penalty has something to say."""
@@ -106,9 +139,28 @@ class DiffusionTraining(FewStepModule):
         target = network_target(x0, noise, *self.schedule.levels(t, x0), self.prediction_type)
         penalty, number = self.sensitivity, self.student_updates
         with penalty.watching(self.student, number, self._generator) as measured:
-            loss = mse(self.student.raw(x_t, t, cond), target)
+            output, where = self.student.outputs(x_t, t, cond)
+            loss = mse(output, target)
         total, terms = penalty.added_to(loss, self._weighed, measured)
+        if where is not None:
+            assert isinstance(self.schedule, VPSchedule)
+            predicted = self.student.interpret(output.detach(), x_t, t).x0
+            bound = variational_bound(self.schedule, x0, x_t, t, predicted, where).mean()
+            total, terms = total + bound, {**terms, "bound": bound}
         yield Update("student", total, {"loss": loss, **terms})
+
+    def sample_from(
+        self,
+        denoiser: DenoiserLike,
+        noise: Tensor,
+        cond: dict[str, Tensor] | None,
+        num_steps: int,
+        generator: Generators,
+    ) -> Tensor:
+        if self.sampler == "ddpm":
+            times = ancestral_times(denoiser.schedule, num_steps)
+            return ancestral_sample(denoiser, noise, cond, times, generator)
+        return ode_sample(denoiser, noise, cond, denoiser.schedule.spaced_times(num_steps))
 
     def to_log(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """All but the penalty's rare term, which goes to the loggers at the updates that have it.

@@ -35,10 +35,12 @@ class OptimisedRoles(pl.LightningModule):
     Attributes:
         gates_lr: learning rate of residual gates, as a multiple of the other parameters'.
         gates_hold: updates in which they stay where they start, before that rate.
+        clip_from: student updates before which gradients are not clipped.
     """
 
     gates_lr: float = 1.0
     gates_hold: int = 0
+    clip_from: int = 0
 
     def __init__(
         self,
@@ -108,7 +110,9 @@ class OptimisedRoles(pl.LightningModule):
     def _step(self, role: str, optimizer: LightningOptimizer) -> Tensor:
         """Clips and steps one role; returns its gradient norm before clipping."""
         parameters = self._parameters_of(role)
-        limit = float("inf") if self.gradient_clip is None else self.gradient_clip
+        limit = float("inf")
+        if self.gradient_clip is not None and self.global_step >= self.clip_from:
+            limit = self.gradient_clip
         norm = torch.nn.utils.clip_grad_norm_(parameters, limit)
         if isinstance(norm, DTensor):
             norm = norm.full_tensor()

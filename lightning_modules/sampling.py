@@ -18,6 +18,7 @@ class SampledRoles(OptimisedRoles):
 
     Attributes:
         sampling_guidance: guidance scale when sampling; 1 is off.
+        guided_channels: how many channels of a sample are guided, where not all are.
         measured_steps: numbers of sampling steps to measure at, if they were chosen.
         companions: text encoders and VAE, where samples are latents of a pipeline.
     """
@@ -28,6 +29,7 @@ class SampledRoles(OptimisedRoles):
     teacher: Denoiser
     ema: Denoiser | None
     sampling_guidance: float
+    guided_channels: int | None = None
     measured_steps: list[int] | None
     companions: Companions | None
 
@@ -106,7 +108,8 @@ class SampledRoles(OptimisedRoles):
         if prompt is not None and self.companions is not None:
             cond = self.companions.with_prompts(cond or {}, prompt, self.student.backbone)
         cond = None if cond is None else in_float32(cond)
-        denoiser = Guided(getattr(self, role), self.guidance_scale(role))
+        scale = self.guidance_scale(role)
+        denoiser = Guided(getattr(self, role), scale, channels=self.guided_channels)
         if role == "teacher":
             return SampledRoles.sample_from(self, denoiser, noise, cond, num_steps, generator)
         return self.sample_from(denoiser, noise, cond, num_steps, generator)

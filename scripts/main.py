@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import sys
 import traceback
 
@@ -105,11 +106,15 @@ def main(arguments: list[str] | None = None) -> int:
     failed = True
     try:
         run(arguments)
+        sys.stdout.flush()
         failed = False
     except KeyboardInterrupt:
         print(f"\nStopped.{GOES_ON.get(arguments[0], '')}", file=sys.stderr)
         return 130
     except Exception as error:
+        if isinstance(error, BrokenPipeError) and _nobody_reads():
+            print("Stopped: what read the output has ended.", file=sys.stderr)
+            return 141
         return _tell(error)
     finally:
         if "scripts.launcher" in sys.modules:
@@ -117,6 +122,17 @@ def main(arguments: list[str] | None = None) -> int:
 
             end_children(failed)
     return 0
+
+
+def _nobody_reads() -> bool:
+    """Whether standard output leads nowhere, as behind `head`; if so, its rest is dropped."""
+    stdout = sys.stdout.fileno()
+    poll = select.poll()
+    poll.register(stdout, 0)
+    if not poll.poll(0):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stdout)
+    return True
 
 
 def _tell(error: Exception) -> int:

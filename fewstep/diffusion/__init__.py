@@ -1,6 +1,7 @@
 """Diffusion mathematics: tensors in, tensors out; no config, no logging, no trainer."""
 
 from fewstep.diffusion.analytic import AnalyticDenoiser, GaussianMixture
+from fewstep.diffusion.ancestral import ancestral_sample, ancestral_times, variational_bound
 from fewstep.diffusion.denoiser import Backbone, Cond, Denoiser, DenoiserLike, Guided
 from fewstep.diffusion.phases import PhaseSchedule, TimeGrid
 from fewstep.diffusion.prediction import Prediction, PredictionType, network_target, to_prediction
@@ -28,6 +29,8 @@ __all__ = [
     "Schedule",
     "TimeGrid",
     "VPSchedule",
+    "ancestral_sample",
+    "ancestral_times",
     "consistency_sample",
     "network_target",
     "ode_sample",
@@ -35,4 +38,5 @@ __all__ = [
     "phased_sample",
     "solver_step",
     "to_prediction",
+    "variational_bound",
 ]

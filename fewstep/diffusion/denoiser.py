@@ -20,6 +20,9 @@ Cond = Mapping[str, Tensor]
 class Backbone(nn.Module):
     """A network behind one face: ``forward(x_t, t, **cond)`` returns an output shaped like ``x_t``.
 
+    One with ``learned_variance`` returns twice the channels: behind the output, for each value
+    where its variance lies (see :mod:`fewstep.diffusion.ancestral`).
+
     Attributes:
         config: plain constructor arguments (see :mod:`fewstep.spec`).
         sample_shape: shape of one sample, ``(C, H, W)``, ``(C, F, H, W)`` or ``(D,)``.
@@ -31,6 +34,7 @@ class Backbone(nn.Module):
         added_layer: name of the layer, all zeros at first, that was added for this input.
         kept_in: what most of its weights are kept in, if that was decided for it.
         changes: what was done to it after it was built, such as gates on its residual branches.
+        learned_variance: whether it tells the variances of the reverse process too.
     """
 
     config: dict[str, Any]
@@ -39,6 +43,7 @@ class Backbone(nn.Module):
     added_layer: str | None = None
     kept_in: torch.dtype | None = None
     changes: tuple[Change, ...] = ()
+    learned_variance: bool = False
 
     @property
     def feature_blocks(self) -> dict[str, int]:
@@ -122,14 +127,26 @@ class Denoiser(nn.Module):
         """Shape of one sample, without the batch dimension."""
         return self.backbone.sample_shape
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
-        """The network's own output in the working precision, ``(B, ...)``."""
+    def outputs(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The network's own output, and what it says of variances, if it does; each ``(B, ...)``.
+
+        Both are in the working precision.
+        """
         work, low, given = work_dtype(x_t), self.backbone.low_precision, dict(cond or {})
         if low is not None:
             x_t = x_t.to(low)
             given = {n: c.to(low) if c.is_floating_point() else c for n, c in given.items()}
-        output: Tensor = self.backbone(x_t, t.to(work), **given)
-        return output.to(work)
+        output: Tensor = self.backbone(x_t, t.to(work), **given).to(work)
+        if not self.backbone.learned_variance:
+            return output, None
+        channels = x_t.shape[1]
+        return output[:, :channels], output[:, channels:]
+
+    def raw(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+        """The network's own output in the working precision, ``(B, ...)``, without variances."""
+        return self.outputs(x_t, t, cond)[0]
 
     def interpret(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
         """Reads a raw output as ``(x0, eps)``."""
@@ -147,6 +164,13 @@ class Denoiser(nn.Module):
         """
         return self.interpret(self.raw(x_t, t, cond), x_t, t)
 
+    def with_variance(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None
+    ) -> tuple[Prediction, Tensor | None]:
+        """One network evaluation, with what the network says of variances, if it does."""
+        output, variance = self.outputs(x_t, t, cond)
+        return self.interpret(output, x_t, t), variance
+
     def guided(
         self,
         x_t: Tensor,
@@ -154,6 +178,7 @@ class Denoiser(nn.Module):
         cond: Cond | None,
         guidance_scale: float | Tensor,
         detach_null: bool = False,
+        channels: int | None = None,
     ) -> Prediction:
         """Classifier-free guidance in one batched pass (Ho & Salimans 2022).
 
@@ -163,11 +188,27 @@ class Denoiser(nn.Module):
                 ``g - 1``.)
             detach_null: no gradient through the unconditional branch, which is then a pass of its
                 own that keeps no activations.
+            channels: guide so many channels of the output alone; the others are the conditional
+                branch's. DiT's sampler guides the first three of a latent's four.
         """
         if cond is None or (not isinstance(guidance_scale, Tensor) and guidance_scale == 1):
             return self(x_t, t, cond)
-        branches = self._branches(x_t, t, cond, detach_null)
-        return self.interpret(_combined(*branches, guidance_scale), x_t, t)
+        branches, _ = self._branches(x_t, t, cond, detach_null)
+        return self.interpret(_combined(*branches, guidance_scale, channels), x_t, t)
+
+    def guided_with_variance(
+        self,
+        x_t: Tensor,
+        t: Tensor,
+        cond: Cond | None,
+        guidance_scale: float,
+        channels: int | None = None,
+    ) -> tuple[Prediction, Tensor | None]:
+        """What :meth:`guided` gives, and the conditional branch's variances, if there are any."""
+        if cond is None or guidance_scale == 1:
+            return self.with_variance(x_t, t, cond)
+        branches, variance = self._branches(x_t, t, cond, detach_null=False)
+        return self.interpret(_combined(*branches, guidance_scale, channels), x_t, t), variance
 
     def guided_with_gap(
         self,
@@ -184,24 +225,25 @@ class Denoiser(nn.Module):
         """
         if cond is None or guidance_scale == 1:
             return self(x_t, t, cond), None
-        branches = self._branches(x_t, t, cond, detach_null)
+        branches, _ = self._branches(x_t, t, cond, detach_null)
         found = self.interpret(_combined(*branches, guidance_scale), x_t, t)
         with torch.no_grad():
             return found, found.eps - self.interpret(branches[1], x_t, t).eps
 
     def _branches(
         self, x_t: Tensor, t: Tensor, cond: Cond, detach_null: bool
-    ) -> tuple[Tensor, Tensor]:
-        """The network's outputs with and without the condition, each ``(B, ...)``."""
+    ) -> tuple[tuple[Tensor, Tensor], Tensor | None]:
+        """The network's outputs with and without the condition, and the variances with it."""
         null = self.backbone.null_cond(cond)
         if detach_null:
             with torch.no_grad():
                 unconditional = self.raw(x_t, t, {name: null[name] for name in cond})
-            return self.raw(x_t, t, cond), unconditional
+            conditional, variance = self.outputs(x_t, t, cond)
+            return (conditional, unconditional), variance
         both = {name: torch.cat([cond[name], null[name]]) for name in cond}
-        output = self.raw(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
+        output, variance = self.outputs(torch.cat([x_t, x_t]), torch.cat([t, t]), both)
         conditional, unconditional = output.chunk(2)
-        return conditional, unconditional
+        return (conditional, unconditional), None if variance is None else variance.chunk(2)[0]
 
     def to_spec(self) -> Spec:
         """A plain description that :meth:`from_spec` rebuilds (without weights)."""
@@ -220,11 +262,19 @@ class Denoiser(nn.Module):
         return cls(backbone, schedule, spec["prediction_type"], spec["alpha_floor"])
 
 
-def _combined(conditional: Tensor, unconditional: Tensor, scale: float | Tensor) -> Tensor:
-    """``uncond + g (cond - uncond)`` of outputs ``(B, ...)``."""
+def _combined(
+    conditional: Tensor,
+    unconditional: Tensor,
+    scale: float | Tensor,
+    channels: int | None = None,
+) -> Tensor:
+    """``uncond + g (cond - uncond)`` of outputs ``(B, ...)``, or of their first channels alone."""
     if isinstance(scale, Tensor):
         scale = expand_to(scale.to(conditional.dtype), conditional)
-    return unconditional + scale * (conditional - unconditional)
+    found = unconditional + scale * (conditional - unconditional)
+    if channels is None:
+        return found
+    return torch.cat([found[:, :channels], conditional[:, channels:]], dim=1)
 
 
 class Guided:
@@ -232,21 +282,35 @@ class Guided:
 
     Args:
         detach_null: see :meth:`Denoiser.guided`; for the gradients of training-free guidance.
+        channels: see :meth:`Denoiser.guided`.
     """
 
     def __init__(
-        self, denoiser: Denoiser, guidance_scale: float, detach_null: bool = False
+        self,
+        denoiser: Denoiser,
+        guidance_scale: float,
+        detach_null: bool = False,
+        channels: int | None = None,
     ) -> None:
         self.denoiser = denoiser
         self.schedule = denoiser.schedule
         self.guidance_scale = guidance_scale
         self.detach_null = detach_null
+        self.channels = channels
 
     def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
-        return self.denoiser.guided(x_t, t, cond, self.guidance_scale, self.detach_null)
+        return self.denoiser.guided(
+            x_t, t, cond, self.guidance_scale, self.detach_null, self.channels
+        )
 
     def with_gap(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None
     ) -> tuple[Prediction, Tensor | None]:
         """See :meth:`Denoiser.guided_with_gap`."""
         return self.denoiser.guided_with_gap(x_t, t, cond, self.guidance_scale, self.detach_null)
+
+    def with_variance(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None
+    ) -> tuple[Prediction, Tensor | None]:
+        """See :meth:`Denoiser.guided_with_variance`."""
+        return self.denoiser.guided_with_variance(x_t, t, cond, self.guidance_scale, self.channels)

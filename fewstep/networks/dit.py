@@ -30,6 +30,7 @@ class DiT(Backbone):
         init_std: standard deviation of the first embeddings of time and class, all other layers
             being drawn as in DiT's code too. Its 0.02 is for widths of about 1000: what embeddings
             do grows with the width. Null leaves them as diffusers and torch draw them.
+        learned_variance: whether it tells the variances of the reverse process too, as DiT does.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class DiT(Backbone):
         head_dim: int = 24,
         num_classes: int = 10,
         init_std: float | None = None,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         self.config = {  # not how it was first drawn
@@ -52,14 +54,16 @@ class DiT(Backbone):
             "num_heads": num_heads,
             "head_dim": head_dim,
             "num_classes": num_classes,
+            "learned_variance": learned_variance,
         }
         self.sample_shape = (channels, sample_size, sample_size)
+        self.learned_variance = learned_variance
         self.num_classes = num_classes
         self.transformer = DiTTransformer2DModel(
             num_attention_heads=num_heads,
             attention_head_dim=head_dim,
             in_channels=channels,
-            out_channels=channels,
+            out_channels=2 * channels if learned_variance else channels,
             num_layers=num_layers,
             sample_size=sample_size,
             patch_size=patch_size,

@@ -42,6 +42,7 @@ class Latte(Backbone):
         head_dim: channels a head.
         num_classes: class labels run from 0; the label ``num_classes`` means "no class". Null is a
             network without classes.
+        learned_variance: whether it tells the variances of the reverse process too, as Latte does.
 
     Raises:
         FewstepError: if frames do not divide into patches, or the width into sines and cosines of
@@ -58,6 +59,7 @@ class Latte(Backbone):
         num_heads: int = 4,
         head_dim: int = 24,
         num_classes: int | None = None,
+        learned_variance: bool = False,
     ) -> None:
         super().__init__()
         width = num_heads * head_dim
@@ -75,9 +77,11 @@ class Latte(Backbone):
             "num_heads": num_heads,
             "head_dim": head_dim,
             "num_classes": num_classes,
+            "learned_variance": learned_variance,
         }
         self.sample_shape = (channels, num_frames, sample_size, sample_size)
         self.num_classes = num_classes
+        self.learned_variance = learned_variance
         self.patch = (1, patch_size, patch_size)
         self.grid = patch_grid((num_frames, sample_size, sample_size), self.patch)
         values = channels * patch_size**2
@@ -94,7 +98,7 @@ class Latte(Backbone):
         )
         self.out_norm = nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
         self.out_modulation = nn.Linear(width, 2 * width)
-        self.out = nn.Linear(width, values)
+        self.out = nn.Linear(width, 2 * values if learned_variance else values)
         embeddings = [self.time_embed, *([] if self.class_embed is None else [self.class_embed])]
         modulations = [cast(LatteBlock, block).modulation for block in self.blocks]
         start_as_dit(self, embeddings)

@@ -63,9 +63,11 @@ def adapter_layers(adapter: Adapter) -> dict[str, AdapterLayer]:
 class SharedTeacher(Denoiser):
     """The base of a LoRA, without adapters: the only one of its denoisers that holds weights."""
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+    def outputs(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         with using(None):
-            return super().raw(x_t, t, cond)
+            return super().outputs(x_t, t, cond)
 
 
 class LoRADenoiser(Denoiser):
@@ -99,9 +101,11 @@ class LoRADenoiser(Denoiser):
         """Names of the adapted layers, in the network's order."""
         return list(adapter_layers(self.adapter))
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Tensor:
+    def outputs(
+        self, x_t: Tensor, t: Tensor, cond: Cond | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         with using(self.name):
-            return super().raw(x_t, t, cond)
+            return super().outputs(x_t, t, cond)
 
     def to_spec(self) -> Spec:
         """The base's description and the LoRA's options; see :func:`rebuild`."""

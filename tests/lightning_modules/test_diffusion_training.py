@@ -64,10 +64,12 @@ def test_every_prediction_type_learns_its_own_target(
         "flow_prediction": noise - x0,
     }
 
-    def oracle(x_t: torch.Tensor, t: torch.Tensor, cond: object = None) -> torch.Tensor:
-        return answers[prediction_type]
+    def oracle(
+        x_t: torch.Tensor, t: torch.Tensor, cond: object = None
+    ) -> tuple[torch.Tensor, None]:
+        return answers[prediction_type], None
 
-    module.student.raw = oracle  # type: ignore[method-assign, assignment]
+    module.student.outputs = oracle  # type: ignore[method-assign, assignment]
     (update,) = list(module.updates(digit_batch, draws))
     assert float(update.loss) == pytest.approx(0, abs=1e-12)
     read = Denoiser.interpret(

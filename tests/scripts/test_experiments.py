@@ -73,7 +73,7 @@ def test_a_file_in_any_folder_has_the_shipped_defaults_and_a_runs_own_file_none(
 def test_a_file_of_overrides_does_not_bring_the_defaults_back(here: Path) -> None:
     write("digits.yaml", "trainer: {log_every_n_steps: 7}")
     write("more.yaml", "trainer: {max_steps: 3}")
-    arguments = ["fit", "-c", "digits/teacher", "-c", "digits.yaml", "-c", "more.yaml"]
+    arguments = ["fit", "-c", "digits/lcm", "-c", "digits.yaml", "-c", "more.yaml"]
     config = CheckedExperiment(arguments).config.fit
     assert (config.trainer.log_every_n_steps, config.trainer.max_steps) == (7, 3)
     assert config.trainer.val_check_interval == 250

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -32,6 +34,21 @@ def test_an_interrupted_command_says_whether_it_goes_on(
     monkeypatch.setattr(front_door, "run", interrupted)
     assert front_door.main([command]) == 130
     assert capsys.readouterr().err.strip() == said
+
+
+def test_a_reader_that_stops_reading_is_no_crash() -> None:
+    command = (
+        "from scripts.main import main; raise SystemExit(main(['suite', 'digits', '--dry-run']))"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", command], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 141
+    assert said.strip() == "Stopped: what read the output has ended."
 
 
 def test_help_names_an_experiment_that_there_is_and_all_that_gates_can_do() -> None:

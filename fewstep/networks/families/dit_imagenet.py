@@ -1,10 +1,10 @@
 """DiT on ImageNet (Peebles & Xie 2023), as released.
 
 Samples are latents ``(B, 4, H / 8, W / 8)``, conditioned by ``class_labels (B,)``, integers from 0.
-The label after the last class means "no class". The network also predicts a variance, which is
-dropped here. In train mode diffusers drops labels at random, in each block on its own; that is
-switched off, and class dropout is the training step's business. (:class:`fewstep.networks.dit.DiT`
-is the same network made from scratch, without the variance.)
+The label after the last class means "no class". The network also tells the variances of its
+reverse process (:mod:`fewstep.diffusion.ancestral`). In train mode diffusers drops labels at
+random, in each block on its own; that is switched off, and class dropout is the training step's
+business. (:class:`fewstep.networks.dit.DiT` is the same network made from scratch.)
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from diffusers import DiTTransformer2DModel
 from torch import Tensor, nn
 
 from fewstep.diffusion.denoiser import Cond
-from fewstep.networks.families.base import NullShapes, without_variance
+from fewstep.networks.families.base import NullShapes
 from fewstep.networks.families.family import Family
 from fewstep.networks.families.transformers import TransformerBackbone
 
@@ -34,6 +34,8 @@ class DiTImageNet(TransformerBackbone):
         null: NullShapes | None = None,
     ) -> None:
         super().__init__(network, sample_shape, null)
+        channels = self.network.config["out_channels"] or self.network.config["in_channels"]
+        self.learned_variance = channels == 2 * self.sample_shape[0]
         self.num_classes: int = self.network.config["num_embeds_ada_norm"]
         for block in self.network.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0
@@ -51,7 +53,7 @@ class DiTImageNet(TransformerBackbone):
         output: Tensor = self.network(
             x_t, timestep=t, class_labels=class_labels, return_dict=False
         )[0]
-        return without_variance(output, x_t.shape[1])
+        return output
 
 
 FAMILY = Family("DiTPipeline", DiTImageNet)

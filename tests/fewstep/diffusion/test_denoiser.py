@@ -193,3 +193,37 @@ def test_a_denoiser_is_rebuilt_from_its_description() -> None:
     assert rebuilt.sample_shape == (1, 8, 8)
     assert rebuilt.schedule.t_min == -1
     rebuilt.load_state_dict(denoiser.state_dict())
+
+
+class Telling(Toy):
+    """It tells variances too, which are its output times three."""
+
+    learned_variance = True
+
+    def forward(self, x_t: Tensor, t: Tensor, class_labels: Tensor) -> Tensor:
+        output = super().forward(x_t, t, class_labels)
+        return torch.cat([output, 3 * output], dim=1)
+
+
+def test_variances_are_kept_apart_and_are_the_conditional_branchs() -> None:
+    plain, telling = (
+        Denoiser(network, VPSchedule(), "v_prediction") for network in (Toy(), Telling())
+    )
+    x_t, t, cond = torch.randn(3, 2), torch.full((3,), 500.0), {"class_labels": torch.arange(3)}
+    for scale in (1.0, 2.5):
+        found, where = telling.guided_with_variance(x_t, t, cond, scale)
+        assert torch.equal(found.eps, plain.guided(x_t, t, cond, scale).eps)
+        assert torch.equal(found.eps, telling.guided(x_t, t, cond, scale).eps)
+        assert where is not None
+        torch.testing.assert_close(where, 3 * plain.raw(x_t, t, cond))
+    assert plain.guided_with_variance(x_t, t, cond, 2.5)[1] is None
+
+
+def test_the_first_channels_alone_are_guided() -> None:
+    denoiser = Denoiser(Toy(), VPSchedule(), "epsilon")
+    x_t, t, cond = torch.randn(3, 2), torch.full((3,), 500.0), {"class_labels": torch.arange(3)}
+    found = Guided(denoiser, 2.5, channels=1)(x_t, t, cond).eps
+    assert torch.equal(found[:, :1], denoiser.guided(x_t, t, cond, 2.5).eps[:, :1])
+    torch.testing.assert_close(found[:, 1:], denoiser(x_t, t, cond).eps[:, 1:])
+    told = Guided(denoiser, 2.5, channels=1).with_variance(x_t, t, cond)[0]
+    assert torch.equal(told.eps, found)

@@ -175,7 +175,7 @@ def test_heads_stay_in_float32_within_autocast() -> None:
     assert logits.dtype == torch.float32
 
 
-@pytest.mark.parametrize(("wide", "low", "high"), [(True, 0.9, 1.1), (False, 1.3, 9.0)])
+@pytest.mark.parametrize(("wide", "low", "high"), [(True, 0.8, 1.25), (False, 1.3, 9.0)])
 def test_in_autocast_a_small_perturbation_is_told_from_rounding(
     wide: bool, low: float, high: float
 ) -> None:
