@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from datamodules.fields import Caption, ClassLabel, Images, Videos
+from datamodules.fields import Caption, ClassLabel, Field, Images, Numbers, Videos
 from datamodules.moving_clips import Kind, Scene, write_moving_digits
 from datamodules.streaming import Shards
 from fewstep.contracts import Batch
@@ -29,6 +29,8 @@ class MovingDigits(Shards):
         blur: of watermarked clips, standard deviation in pixels.
         reference: the kind that metrics compare with, of the same motion where both are videos; by
             default the data's own.
+        end_position: tells as a condition of this name where the first digit's centre is in the
+            last frame, ``(B, 2)`` x and y in pixels: for guidance, as no network takes it.
         batch_size: records a device and update.
         num_workers: loading processes a device.
         seed: of the order and the clips.
@@ -45,6 +47,7 @@ class MovingDigits(Shards):
         max_digits: int = 2,
         blur: float = 1.0,
         reference: Kind | None = None,
+        end_position: bool = False,
         batch_size: int = 32,
         num_workers: int = 0,
         seed: int = 0,
@@ -55,6 +58,12 @@ class MovingDigits(Shards):
         look = f"{num_frames}x{image_size}-digits{max_digits}"
         look += f"-blur{blur:g}" if kind == "watermarked" else ""
         self.folder = Path(folder) / f"{kind}-{look}-{num_clips}-seed{seed}"
+        conditions: dict[str, Field] = {
+            "class_labels": ClassLabel(num_classes=10),
+            "prompt": Caption(),
+        }
+        if end_position:
+            conditions["end_position"] = Numbers("centres.0.-1", count=2)
         super().__init__(
             shards=f"{self.folder}/train-*.tar",
             val_shards=f"{self.folder}/val-*.tar",
@@ -64,7 +73,7 @@ class MovingDigits(Shards):
                 if kind == "crisp"
                 else Videos(num_frames, image_size, channels=1)
             ),
-            conditions={"class_labels": ClassLabel(num_classes=10), "prompt": Caption()},
+            conditions=conditions,
             num_workers=num_workers,
             seed=seed,
         )
@@ -80,6 +89,7 @@ class MovingDigits(Shards):
                 image_size,
                 max_digits,
                 blur,
+                end_position=end_position,
                 batch_size=batch_size,
                 num_workers=num_workers,
                 seed=seed,

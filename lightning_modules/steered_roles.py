@@ -69,7 +69,7 @@ class SteeredRoles(RecordedRoles):
         """
         known = cond or {}
         if self._steering is not None and cond is not None:
-            cond = self._steering.for_network(cond)
+            cond = self._steering.for_network(cond, self.student.backbone)
         if self.steered is None:
             return super().sample(noise, cond, num_steps, generator, role, prompt)
         role, steering = self.checked_role(role), self.steered.steering

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -119,9 +120,14 @@ class Steering:
             )
         return self._seen(cond[self.target]) if self.pictures else cond[self.target]
 
-    def for_network(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A sample's conditions without what only the energy is told."""
-        return {name: cond[name] for name in cond if not (self.pictures and name == self.target)}
+    def for_network(self, cond: dict[str, Tensor], network: nn.Module) -> dict[str, Tensor]:
+        """A sample's conditions without what only the energy is told.
+
+        That is a target of pictures, and one that the network's ``forward`` does not know.
+        """
+        known = inspect.signature(network.forward).parameters
+        apart = self.pictures or (self.target is not None and self.target not in known)
+        return {name: cond[name] for name in cond if not (apart and name == self.target)}
 
     def of_latents(self, codec: LatentCodec | None) -> Guidance | NoiseOptimisation | None:
         """The guidance for samples that are latents of a codec, or for pixels without one."""

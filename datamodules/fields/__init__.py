@@ -3,7 +3,7 @@
 from datamodules.fields.base import Decoded, Field, Random
 from datamodules.fields.images import Images, image_shape
 from datamodules.fields.tensors import Latents, Tensors
-from datamodules.fields.text import Caption, ClassLabel
+from datamodules.fields.text import Caption, ClassLabel, Numbers
 from datamodules.fields.videos import Videos
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Field",
     "Images",
     "Latents",
+    "Numbers",
     "Random",
     "Tensors",
     "Videos",

@@ -1,4 +1,4 @@
-"""Captions and class labels."""
+"""Captions, class labels and numbers."""
 
 from __future__ import annotations
 
@@ -43,11 +43,7 @@ class Caption(Field):
         return Decoded(text.strip())
 
     def _chosen(self, text: str, random: Random | None) -> str:
-        found: Any = json.loads(text)
-        for name in self.entry.split("."):
-            if not isinstance(found, dict) or name not in found:
-                raise ValueError(f"its JSON has no entry '{self.entry}'")
-            found = found[name]
+        found = _entry_of(text, self.entry)
         if isinstance(found, list) and found:
             found = found[0 if random is None else int(random().integers(len(found)))]
         if not isinstance(found, str):
@@ -84,3 +80,43 @@ class ClassLabel(Field):
     def collate(self, values: list[Any]) -> Tensor:
         """A tensor ``(B,)``."""
         return torch.tensor(values)
+
+
+class Numbers(Field):
+    """A number, or a list of them, from an entry of a JSON part; ``(B,)`` or ``(B, n)`` float32.
+
+    Args:
+        entry: of the JSON part; dots lead into nested ones and, by number, into lists, from the end
+            if negative (``centres.0.-1``).
+        count: how many numbers there must be in the list; None for a single number.
+        keys: see :class:`Field`.
+    """
+
+    def __init__(
+        self, entry: str, count: int | None = None, keys: Sequence[str] = ("json",)
+    ) -> None:
+        super().__init__(keys)
+        self.entry = entry
+        self.count = count
+
+    def decode(self, data: bytes, extension: str, random: Random | None) -> Decoded:
+        """Decodes the numbers."""
+        found = _entry_of(data.decode(), self.entry)
+        numbers = found if isinstance(found, list) else [found]
+        if not all(type(number) in (int, float) for number in numbers):
+            raise ValueError(f"the entry '{self.entry}' of its JSON is not made of numbers")
+        if (len(found) if isinstance(found, list) else None) != self.count:
+            wanted = "one number" if self.count is None else f"{self.count} numbers"
+            raise ValueError(f"the entry '{self.entry}' of its JSON is not {wanted}")
+        return Decoded(torch.tensor(found, dtype=torch.float32))
+
+
+def _entry_of(text: str, entry: str) -> Any:
+    """The value at ``entry`` of a JSON text, whose dots lead into objects and lists."""
+    found: Any = json.loads(text)
+    for name in entry.split("."):
+        try:
+            found = found[int(name) if isinstance(found, list) else name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            raise ValueError(f"its JSON has no entry '{entry}'") from None
+    return found

@@ -33,7 +33,7 @@ from fewstep.metrics.ranks import Ranks
 from fewstep.metrics.references import ReferenceStore
 from fewstep.metrics.rows import Rows
 from fewstep.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
-from fewstep.metrics.tracks import TrackAcceleration, TrackError, tracks
+from fewstep.metrics.tracks import EndError, TrackAcceleration, TrackError, tracks
 from fewstep.metrics.video_mae import FrechetVideoMAE, VideoMAEFeatures
 
 __all__ = [
@@ -51,6 +51,7 @@ __all__ = [
     "Consistency",
     "DINOv2Features",
     "DigitClassifierFeatures",
+    "EndError",
     "FDDINOv2",
     "Features",
     "FrameConsistency",

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.metrics.amounts import Amount
-from fewstep.metrics.base import Samples, Statistics
+from fewstep.metrics.base import Better, Metric, Reference, Samples, Statistics
+from fewstep.metrics.means import Means
 from fewstep.metrics.moving_digits import light, unmarked
 from fewstep.metrics.pairs import Paired
 from fewstep.metrics.rows import Rows
@@ -79,6 +80,57 @@ class TrackRows(Rows):
     def update(self, features: Mapping[str, Tensor], samples: Samples) -> None:
         _check_video(samples, least=2)
         super().update({**features, TRACKS: tracks(samples.pixels)}, samples)
+
+
+class EndError(Metric):
+    """Does a digit end where it was to? ``end_error``, the mean distance in pixels.
+
+    Of the ink's centre in the last frame, as :func:`tracks` measures it, from the point that the
+    sample was asked to end at. A last frame without ink is as far away as the frame is wide.
+    ``end_reached`` is the share of samples within ``near`` pixels.
+
+    Args:
+        target: name of the condition that tells the point, ``(B, 2)`` x and y in pixels.
+        near: pixels.
+    """
+
+    reference: ClassVar[Reference] = "none"
+    name = "end_error"
+
+    def __init__(self, target: str = "end_position", near: float = 1.0) -> None:
+        self.target, self.near = target, near
+        self.needs_conditions = (target,)
+        self.better: dict[str, Better] = {"end_error": "lower", "end_reached": "higher"}
+        self.own_values = frozenset(self.better)
+
+    def statistics(self) -> Means:
+        return Means(["end_error", "end_reached"], self._errors)
+
+    def _errors(self, features: Mapping[str, Tensor], samples: Samples) -> list[Tensor]:
+        _check_video(samples, least=1)
+        if samples.cond is None or self.target not in samples.cond:
+            raise FewstepError(
+                f"EndError compares with each sample's '{self.target}', which these samples were "
+                "not given; leave it out of the Evaluation callback's `metrics`."
+            )
+        ends = tracks(samples.pixels)[:, -1]
+        missed = (ends - samples.cond[self.target].to(ends)).norm(dim=-1)
+        errors = missed.nan_to_num(float(samples.pixels.shape[-1]))
+        return [errors, errors <= self.near]
+
+    def compute(self, generated: Statistics, reference: Statistics | None) -> dict[str, float]:
+        assert isinstance(generated, Means)
+        return generated.means()
+
+    def protocol(self) -> dict[str, Any]:
+        return {
+            "metric": self.name,
+            "target": self.target,
+            "near": self.near,
+            "pixels": "8-bit",
+            "faint": FAINT,
+            "least_ink": LEAST_INK,
+        }
 
 
 class TrackError(Paired):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from datamodules import Mixed, MovingDigits
-from datamodules.moving_clips import moving_clip
+from datamodules.moving_clips import Scene, moving_clip
 
 from shard_files import FakeTrainer, read
 
@@ -66,3 +66,10 @@ def test_other_clips_are_another_reference_though_names_and_counts_are_equal(
     )
     again = moving(tmp_path / "again", kind="clear", seed=0)
     assert again.reference_protocol() == protocols[0]
+
+
+def test_where_digits_end_is_a_condition_for_those_who_ask(tmp_path: Path) -> None:
+    (batch,) = read(moving(tmp_path, end_position=True, max_digits=1))
+    for key, end in zip(batch["key"], batch["cond"]["end_position"].numpy(), strict=True):
+        clip = moving_clip(int(key), 0, split="val", scene=Scene(max_digits=1))
+        np.testing.assert_allclose(end, clip.centres[0, -1], atol=1e-4)

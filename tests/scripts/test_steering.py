@@ -252,3 +252,43 @@ def test_candidates_are_an_option_of_any_steering(here: Path) -> None:
     assert best["metric"] == "guidance_distance"
     assert best["value"] < alone["value"]
     assert best["network_evaluations"] == 3 * alone["network_evaluations"]
+
+
+CLIPS = {
+    "data": {"init_args": {"num_clips": 48, "num_held_out": 16}},
+    "model": {
+        "init_args": {
+            "start": {
+                "class_path": "fewstep.diffusion.Denoiser",
+                "init_args": {
+                    "backbone": {
+                        "class_path": "fewstep.networks.VideoDiT",
+                        "init_args": {
+                            "sample_size": 16,
+                            "num_frames": 8,
+                            "channels": 1,
+                            "patch_size": 4,
+                            "patch_frames": 4,
+                            "num_layers": 1,
+                        },
+                    },
+                    "schedule": {"class_path": "fewstep.diffusion.VPSchedule"},
+                    "prediction_type": "v_prediction",
+                },
+            },
+            "step_counts": [3],
+        }
+    },
+}
+
+
+def test_clips_are_steered_to_where_the_data_end(here: Path) -> None:
+    """The network is told no place, which it could not take; its samples end there all the same."""
+    small(here / "small.yaml", [{"class_path": "fewstep.metrics.EndError"}])
+    Path("clips.yaml").write_text(yaml.safe_dump(CLIPS))
+    errors = {}
+    for name in ("few_unguided", "few_polyak"):
+        command("fit", f"guidance/moving_digits/{name}", "-c", "clips.yaml")
+        found = results(f"guidance/moving_digits/{name}/version_0")["measurements"]
+        errors[name] = {one["metric"]: one["value"] for one in found}["end_error"]
+    assert errors["few_polyak"] < 0.7 * errors["few_unguided"]

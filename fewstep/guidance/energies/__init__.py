@@ -6,7 +6,7 @@ from fewstep.guidance.energies.closed_forms import LinearMeasurement, MixtureLik
 from fewstep.guidance.energies.decoded import Decoded, Decoder
 from fewstep.guidance.energies.distances import EmbeddingDistance, MapDistance
 from fewstep.guidance.energies.labels import ClassLabel, Reward
-from fewstep.guidance.energies.motion import FinalPosition, ObstacleAvoidance
+from fewstep.guidance.energies.motion import FinalPosition, InkCentres, ObstacleAvoidance
 from fewstep.guidance.energies.pictures import (
     PictureNetwork,
     PretrainedClassifier,
@@ -25,6 +25,7 @@ __all__ = [
     "EmbeddingDistance",
     "Energy",
     "FinalPosition",
+    "InkCentres",
     "LinearMeasurement",
     "MapDistance",
     "MixtureLikelihood",

@@ -5,6 +5,7 @@ The released code averages them over the batch, which ties samples together; her
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -14,9 +15,20 @@ from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies.base import Energy, Target, needed, safe_length
+from fewstep.watermark import watermark
 
 
-def _paths(x0: Tensor, positions: Callable[[Tensor], Tensor] | None) -> Tensor:
+class Positions(ABC):
+    """Makes positions ``(N, F, D)`` over time of samples ``(N, ...)``, differentiably."""
+
+    @abstractmethod
+    def __call__(self, x0: Tensor) -> Tensor: ...
+
+
+MakesPositions = Positions | Callable[[Tensor], Tensor]
+
+
+def _paths(x0: Tensor, positions: MakesPositions | None) -> Tensor:
     """Positions ``(N, F, D)`` over time."""
     paths = x0 if positions is None else positions(x0)
     if paths.ndim != 3:
@@ -28,16 +40,47 @@ def _paths(x0: Tensor, positions: Callable[[Tensor], Tensor] | None) -> Tensor:
 
 
 @dataclass(frozen=True)
+class InkCentres(Positions):
+    """Where the ink of moving digits is: positions for the energies here, x and y in pixels.
+
+    Grey videos ``(N, 1, F, H, H)`` in [-1, 1] to ``(N, F, 2)`` from the top left pixel, as
+    :func:`fewstep.metrics.tracks` measures them, but differentiable everywhere: frames with little
+    ink tend to the middle.
+
+    Args:
+        mark: how much of the watermark the videos have on them, from 0 to 1; it is taken off.
+        faint: light that is taken for background.
+    """
+
+    mark: float = 0.0
+    faint: float = 0.1
+
+    def __call__(self, x0: Tensor) -> Tensor:
+        if x0.ndim != 5 or x0.shape[1] != 1 or x0.shape[-1] != x0.shape[-2]:
+            raise FewstepError(
+                "InkCentres looks at square grey videos (N, 1, F, H, H), not at samples of shape "
+                f"{tuple(x0.shape)}."
+            )
+        mark = self.mark * torch.from_numpy(watermark(x0.shape[-1])).to(x0)
+        light = ((x0[:, 0] + 1) / 2 - mark) / (1 - mark)
+        ink = (light - self.faint).clamp_min(0)
+        places = torch.arange(ink.shape[-1], dtype=ink.dtype, device=ink.device)
+        total, middle = ink.sum((-1, -2)), places.mean()
+        sums = [(ink.sum(-2) * places).sum(-1), (ink.sum(-1) * places).sum(-1)]
+        return torch.stack([(each + middle) / (total + 1) for each in sums], -1)
+
+
+@dataclass(frozen=True)
 class FinalPosition(Energy):
     """Squared distance of a trajectory's end from a point; the target ``(N, D)``.
 
     Args:
-        positions: differentiable, from samples ``(N, ...)`` to positions ``(N, F, D)``; by default
-            samples are positions.
+        positions: makes positions of samples, such as :class:`InkCentres`; by default samples are
+            positions.
         form: ``square`` as in the paper, or ``norm``.
     """
 
-    positions: Callable[[Tensor], Tensor] | None = None
+    positions: MakesPositions | None = None
     form: Literal["square", "norm"] = "square"
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
@@ -68,7 +111,7 @@ class ObstacleAvoidance(Energy):
     steepness: float = 50.0
     height: float = 100.0
     reduction: Literal["sum", "mean"] = "sum"
-    positions: Callable[[Tensor], Tensor] | None = None
+    positions: MakesPositions | None = None
 
     def distances(self, x0: Tensor, target: Target) -> Tensor:
         """From each frame to each obstacle, ``(N, F, O)``."""

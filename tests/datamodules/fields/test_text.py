@@ -1,4 +1,4 @@
-"""Captions and class labels."""
+"""Captions, class labels and numbers."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from datamodules.fields import Caption, ClassLabel
+from datamodules.fields import Caption, ClassLabel, Numbers
 
 
 def test_captions_come_from_text_or_from_an_entry_of_json() -> None:
@@ -50,3 +51,33 @@ def test_class_labels_are_integers_below_the_number_of_classes() -> None:
             ClassLabel(10).decode(data, "cls", None)
     with pytest.raises(ValueError, match="no integer: b'cat'"):
         ClassLabel().decode(b"cat", "cls", None)
+
+
+FACTS = json.dumps({"score": 3, "tracks": [[[1, 2.5], [3, 4]]], "name": "x", "on": True}).encode()
+
+
+def test_numbers_come_from_an_entry_of_json_through_objects_and_lists() -> None:
+    score, end = Numbers("score"), Numbers("tracks.0.-1", count=2)
+    found = [field.decode(FACTS, "json", None).value for field in (score, end)]
+    assert [value.tolist() for value in found] == [3.0, [3.0, 4.0]]
+    batch = end.collate([found[1], found[1]])
+    assert (batch.shape, batch.dtype) == ((2, 2), torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("field", "what"),
+    [
+        (Numbers("scores"), "no entry 'scores'"),
+        (Numbers("tracks.1"), "no entry 'tracks.1'"),
+        (Numbers("score.0"), "no entry 'score.0'"),
+        (Numbers("tracks.0"), "not made of numbers"),
+        (Numbers("name"), "not made of numbers"),
+        (Numbers("on"), "not made of numbers"),
+        (Numbers("tracks.0.0"), "is not one number"),
+        (Numbers("tracks.0.0", count=3), "is not 3 numbers"),
+        (Numbers("score", count=1), "is not 1 numbers"),
+    ],
+)
+def test_what_is_not_the_numbers_that_were_asked_for_is_refused(field: Numbers, what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        field.decode(FACTS, "json", None)

@@ -13,7 +13,7 @@ from torchvision.transforms.v2.functional import gaussian_blur
 
 from datamodules.moving_clips import Clip
 from fewstep.errors import FewstepError
-from fewstep.metrics import TrackAcceleration, TrackError, tracks
+from fewstep.metrics import EndError, Samples, TrackAcceleration, TrackError, tracks
 
 from metric_cases import batches, measured, measured_by_ranks, noise
 from moving_samples import digit_clips
@@ -165,3 +165,30 @@ def test_acceleration_leaves_frames_without_ink_out_and_needs_three_frames() -> 
     assert values[0] == pytest.approx(values[1], abs=1e-3)  # the mark is fitted to other frames
     with pytest.raises(FewstepError, match="at least 3 frames"):
         measured(TrackAcceleration(), batches(pixels[:, :, :2]))
+
+
+def ends(pixels: Tensor, wanted: Tensor) -> dict[str, float]:
+    cond = {"end_position": wanted}
+    return measured(EndError(), [Samples(pixels, torch.arange(len(pixels)), cond=cond)])
+
+
+def test_the_end_of_a_clip_is_where_its_digit_is_in_the_last_frame() -> None:
+    pixels, clips = digit_clips("watermarked", 30, num_frames=8, max_digits=1)
+    where = centres(clips)[:, -1]
+    assert ends(pixels, where)["end_error"] < 0.3
+    assert ends(pixels, where)["end_reached"] == 1
+    far = ends(pixels, where + torch.tensor([3.0, 4.0]))
+    assert far["end_error"] == pytest.approx(5, abs=0.3)
+    assert far["end_reached"] == 0
+
+
+def test_a_clip_that_ends_black_is_as_far_away_as_it_is_wide() -> None:
+    pixels, _ = digit_clips("clear", 4, num_frames=4, max_digits=1)
+    pixels[:, :, -1] = -1
+    assert ends(pixels, torch.zeros(4, 2)) == {"end_error": 32.0, "end_reached": 0.0}
+
+
+def test_an_end_needs_to_be_asked_for() -> None:
+    pixels, _ = digit_clips("clear", 4, num_frames=4)
+    with pytest.raises(FewstepError, match="'end_position'"):
+        measured(EndError(), batches(pixels))

@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from datamodules.moving_clips import Kind
 from fewstep.errors import FewstepError
-from fewstep.guidance import FinalPosition, ObstacleAvoidance
+from fewstep.guidance import FinalPosition, InkCentres, ObstacleAvoidance
+
+from moving_samples import digit_clips
 
 
 def line(*points: tuple[float, float]) -> torch.Tensor:
@@ -67,3 +71,37 @@ def test_positions_are_made_of_samples_or_asked_for() -> None:
         FinalPosition()(samples, samples[:, 4:])
     with pytest.raises(FewstepError, match="needs a target"):
         ObstacleAvoidance(1.0)(torch.zeros(1, 2, 2), None)
+
+
+@pytest.mark.parametrize(("kind", "mark"), [("clear", 0.0), ("watermarked", 1.0)])
+def test_ink_is_where_digits_are(kind: Kind, mark: float) -> None:
+    pixels, clips = digit_clips(kind, 40, num_frames=8, size=16, max_digits=1)
+    centres = torch.from_numpy(np.stack([clip.centres[0] for clip in clips]))
+    off = (InkCentres(mark)(pixels.double()) - centres).norm(dim=-1)
+    assert float(off.mean()) < 0.25
+    if mark:
+        assert float((InkCentres()(pixels.double()) - centres).norm(dim=-1).mean()) > 0.8
+
+
+def test_centres_of_ink_can_be_differentiated_and_black_is_in_the_middle() -> None:
+    clips = torch.rand(2, 1, 2, 6, 6, dtype=torch.float64, generator=torch.manual_seed(0))
+    torch.autograd.gradcheck(InkCentres(0.5), clips.requires_grad_())
+    black = InkCentres()(torch.full((1, 1, 3, 16, 16), -1.0))
+    torch.testing.assert_close(black, torch.full((1, 3, 2), 7.5))
+
+
+def test_a_gradient_step_moves_the_ink_of_the_last_frame_towards_the_target() -> None:
+    pixels, _ = digit_clips("clear", 8, num_frames=4, size=16, max_digits=1)
+    energy = FinalPosition(InkCentres())
+    target = torch.full((8, 2), 4.0)
+    x0 = pixels.clone().requires_grad_()
+    before = energy(x0, target)
+    (gradient,) = torch.autograd.grad(before.sum(), x0)
+    assert (energy(x0 - 0.05 * gradient, target) < before).all()
+    assert torch.equal(gradient[:, :, :-1], torch.zeros_like(gradient[:, :, :-1]))
+
+
+def test_ink_is_looked_for_in_grey_videos_alone() -> None:
+    for shape in ((2, 3, 4, 8, 8), (2, 1, 8, 8), (2, 1, 4, 8, 6)):
+        with pytest.raises(FewstepError, match="grey videos"):
+            InkCentres()(torch.zeros(shape))
