@@ -57,8 +57,8 @@ def awake(make: Callable[[], Network]) -> Network:
     return made
 
 
-def network() -> DiT:
-    return awake(partial(DiT, 8, 1, num_layers=2, num_heads=2, head_dim=8))
+def network(**options: Any) -> DiT:
+    return awake(partial(DiT, 8, 1, num_layers=2, num_heads=2, head_dim=8, **options))
 
 
 def teacher() -> Denoiser:
@@ -101,8 +101,11 @@ class PostTraining(AdversarialPostTraining):
 
 def method(name: str, **chosen: Any) -> FewStepModule:
     options = {**OPTIONS, **chosen}
-    if name == "teacher":
-        return DiffusionTraining(network, VPSchedule(), "v_prediction", **options)
+    if name in ("teacher", "variances"):
+        told = name == "variances"
+        given = {"sampler": "ddpm" if told else "ode", **options}
+        made = partial(network, learned_variance=told)
+        return DiffusionTraining(made, VPSchedule(), "v_prediction", **given)
     if name == "gated":
         return method("teacher", **{"gates": GATES, "gates_lr": 2.0, **options})
     if name == "mcm":

@@ -17,6 +17,7 @@ from training_runs import Stream, data_for, method
 OPTIONS: dict[str, dict[str, Any]] = {
     "teacher": {},
     "gated": {},
+    "variances": {},
     "lcm": {},
     "pcm": {},
     "adversarial": {},
