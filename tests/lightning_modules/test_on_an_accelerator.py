@@ -14,6 +14,8 @@ from lightning_modules import FewStepModule
 from accelerators import DEVICE, batch_on_device, on_accelerator
 from training_runs import Stream, data_for, method
 
+pytestmark = pytest.mark.threads  # a device has a thread of its own, even one that is not there
+
 OPTIONS: dict[str, dict[str, Any]] = {
     "teacher": {},
     "gated": {},
