@@ -1,4 +1,4 @@
-"""The numbers of a guidance configuration, by name: what a search turns."""
+"""The numbers of a guidance configuration, or of optimised noise, by name: what a search turns."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from typing import Any
 
 from fewstep.errors import FewstepError, nearest
 from fewstep.guidance.guidance import Guidance
+from fewstep.guidance.noise import NoiseOptimisation
+
+Searched = Guidance | NoiseOptimisation
 
 
-def _number(guidance: Guidance, field: str) -> tuple[float, bool]:
+def _number(guidance: Searched, field: str) -> tuple[float, bool]:
     """A number of a configuration, and whether it counts something."""
     thing: Any = guidance
     whole = False
@@ -31,7 +34,7 @@ def _number(guidance: Guidance, field: str) -> tuple[float, bool]:
     return thing, whole
 
 
-def read_number(guidance: Guidance, field: str) -> float:
+def read_number(guidance: Searched, field: str) -> float:
     """A number of a configuration.
 
     Args:
@@ -43,7 +46,7 @@ def read_number(guidance: Guidance, field: str) -> float:
     return _number(guidance, field)[0]
 
 
-def with_number(guidance: Guidance, field: str, value: float) -> Guidance:
+def with_number(guidance: Searched, field: str, value: float) -> Searched:
     """The same configuration with another number; what counts something is rounded.
 
     Raises:
@@ -56,11 +59,11 @@ def with_number(guidance: Guidance, field: str, value: float) -> Guidance:
             return new
         return replace(thing, **{path[0]: changed(getattr(thing, path[0]), path[1:])})
 
-    result: Guidance = changed(guidance, field.split("."))
+    result: Searched = changed(guidance, field.split("."))
     return result
 
 
-def configured(guidance: Guidance, values: dict[str, float]) -> Guidance:
+def configured(guidance: Searched, values: dict[str, float]) -> Searched:
     """The same configuration with other numbers."""
     for field, value in values.items():
         guidance = with_number(guidance, field, value)
@@ -89,7 +92,7 @@ class Knob:
                 f"The search multiplies '{self.field}' by a factor above 1, not {self.factor:g}."
             )
 
-    def first(self, guidance: Guidance) -> float:
+    def first(self, guidance: Searched) -> float:
         """Where the search starts.
 
         Raises:
@@ -103,7 +106,7 @@ class Knob:
             )
         return value
 
-    def raised(self, guidance: Guidance, value: float) -> float:
+    def raised(self, guidance: Searched, value: float) -> float:
         """The next value, no larger than the cap."""
         if _number(guidance, self.field)[1]:
             return min(max(int(value * self.factor), int(value) + 1), int(self.cap))

@@ -13,9 +13,8 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies import Target
-from fewstep.guidance.guidance import Guidance
 from fewstep.guidance.judge import Judge, refuse_guide_as_judge
-from fewstep.guidance.knobs import Knob, configured, read_number
+from fewstep.guidance.knobs import Knob, Searched, configured, read_number
 from fewstep.guidance.sampler import GuidedSamples
 
 
@@ -71,7 +70,7 @@ class SearchResult:
     size and from other noise.
     """
 
-    start: Guidance
+    start: Searched
     trials: tuple[Trial, ...]
 
     @property
@@ -95,7 +94,7 @@ class SearchResult:
         return self.ranked[0]
 
     @property
-    def guidance(self) -> Guidance:
+    def guidance(self) -> Searched:
         """The best configuration."""
         return configured(self.start, self.best.values)
 
@@ -116,12 +115,12 @@ class Bench:
         on_trial: called after every new trial, to save its record.
     """
 
-    sample: Callable[[Guidance], GuidedSamples]
+    sample: Callable[[Searched], GuidedSamples]
     judge: Judge
     target: Target = None
     on_trial: Callable[[Trial], None] | None = None
 
-    def trial(self, start: Guidance, values: dict[str, float], number: int) -> Trial:
+    def trial(self, start: Searched, values: dict[str, float], number: int) -> Trial:
         """Samples and judges one configuration, in round ``number``."""
         try:
             run = self.sample(configured(start, values))
@@ -144,7 +143,7 @@ class _Table:
     """Trials so far: new configurations are tried, known ones are not."""
 
     def __init__(
-        self, start: Guidance, names: list[str], bench: Bench, known: Iterable[dict[str, Any]]
+        self, start: Searched, names: list[str], bench: Bench, known: Iterable[dict[str, Any]]
     ) -> None:
         refuse_guide_as_judge(bench.judge, start.energy)
         self.start, self.names, self.bench = start, names, bench
@@ -181,7 +180,7 @@ class _Table:
 
 
 def beam_search(
-    start: Guidance,
+    start: Searched,
     knobs: Sequence[Knob],
     bench: Bench,
     topk: int = 2,
@@ -222,7 +221,7 @@ def beam_search(
 
 
 def line_search(
-    start: Guidance, knob: Knob, bench: Bench, known: Iterable[dict[str, Any]] = ()
+    start: Searched, knob: Knob, bench: Bench, known: Iterable[dict[str, Any]] = ()
 ) -> SearchResult:
     """One number raised from its start to its cap, every value tried: how baselines are tuned.
 
@@ -235,7 +234,7 @@ def line_search(
 
 
 def grid_search(
-    start: Guidance,
+    start: Searched,
     grid: dict[str, Sequence[float]],
     bench: Bench,
     known: Iterable[dict[str, Any]] = (),

@@ -8,12 +8,12 @@ from typing import Any
 
 from fewstep.errors import FewstepError
 from fewstep.guidance import Guidance, Knob
-from fewstep.guidance.knobs import TFG_KNOBS, configured, read_number, with_number
+from fewstep.guidance.knobs import TFG_KNOBS, Searched, configured, read_number, with_number
 
 FACTORS = {knob.field: knob.factor for knob in TFG_KNOBS}
 
 
-def strengths(guidance: Guidance) -> list[str]:
+def strengths(guidance: Searched) -> list[str]:
     """The fields called strength of a guidance's step rules, such as ``state.rule.strength``."""
     found: list[str] = []
 
@@ -25,13 +25,13 @@ def strengths(guidance: Guidance) -> list[str]:
             elif is_dataclass(inner):
                 look(inner, f"{path}.{field.name}")
 
-    look(guidance.state, "state")
-    look(guidance.clean, "clean")
+    for name in ("state", "clean") if isinstance(guidance, Guidance) else ("rule",):
+        look(getattr(guidance, name), name)
     return found
 
 
 def chosen_knobs(
-    guidance: Guidance, names: str | None, begin: float, factor: float | None, trials: int
+    guidance: Searched, names: str | None, begin: float, factor: float | None, trials: int
 ) -> list[Knob]:
     """The knobs of a search, each with its first value in place of a start.
 
@@ -63,19 +63,19 @@ def chosen_knobs(
     return [_knob(guidance, one.strip(), begin, factor, trials) for one in asked]
 
 
-def first_value(guidance: Guidance, field: str, begin: float) -> float:
+def first_value(guidance: Searched, field: str, begin: float) -> float:
     """Where a number's search begins."""
     value = read_number(guidance, field)
     counts = read_number(with_number(guidance, field, 2.4), field) == 2
     return value if counts else value * begin
 
 
-def started(guidance: Guidance, knobs: Sequence[Knob], begin: float) -> Guidance:
+def started(guidance: Searched, knobs: Sequence[Knob], begin: float) -> Searched:
     """The guidance with each number where its search begins."""
     first = {knob.field: first_value(guidance, knob.field, begin) for knob in knobs}
     return configured(guidance, first)
 
 
-def _knob(guidance: Guidance, field: str, begin: float, factor: float | None, trials: int) -> Knob:
+def _knob(guidance: Searched, field: str, begin: float, factor: float | None, trials: int) -> Knob:
     first, factor = first_value(guidance, field, begin), factor or FACTORS.get(field, 2.0)
     return Knob(field, first * factor ** (trials - 1), factor)

@@ -11,9 +11,9 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback
 
 from callbacks.generation import Scene
-from fewstep.guidance import Bench, Guidance, Judge, Knob, SearchResult, beam_search, line_search
+from fewstep.guidance import Bench, Judge, Knob, SearchResult, beam_search, line_search
 from fewstep.guidance.described import described
-from fewstep.guidance.knobs import configured
+from fewstep.guidance.knobs import Searched, configured
 from lightning_modules.steering import Steering
 from scripts.guidance.overlay import Overlay
 from scripts.guidance.records import Records
@@ -52,9 +52,9 @@ class Search:
     folder: Path
 
     @property
-    def guidance(self) -> Guidance:
+    def guidance(self) -> Searched:
         """Where the search begins."""
-        assert isinstance(self.steering.guidance, Guidance)
+        assert self.steering.guidance is not None
         return self.steering.guidance
 
     def about(self, module: pl.LightningModule) -> dict[str, Any]:

@@ -13,9 +13,10 @@ from torch import nn
 
 from callbacks import Evaluation, Samples
 from fewstep.errors import FewstepError
-from fewstep.guidance import Guidance, Judge
+from fewstep.guidance import Judge
 from fewstep.guidance.freezing import modules_within
 from fewstep.guidance.judge import refuse_guide_as_judge
+from fewstep.guidance.knobs import Searched
 from fewstep.metrics import Metric
 from fewstep.metrics.fingerprints import shares_weights
 from lightning_modules import FewStepModule
@@ -67,7 +68,7 @@ class SearchTrainer(FewstepTrainer):
             name: Folder of the search.
         """
         steering = _steering(model)
-        guidance = cast(Guidance, steering.guidance)
+        guidance = cast(Searched, steering.guidance)
         tuner = self._checked_tuner(tuner, guidance)
         chosen = chosen_knobs(guidance, knobs, begin, factor, trials)
         counts = steps or model.step_counts()
@@ -90,7 +91,7 @@ class SearchTrainer(FewstepTrainer):
         own.callbacks.append(SearchCallback(search))
         self._run_validation(model, datamodule, ckpt_path)
 
-    def _checked_tuner(self, tuner: Judge | None, guidance: Guidance) -> Judge:
+    def _checked_tuner(self, tuner: Judge | None, guidance: Searched) -> Judge:
         """The tuner, if it is neither guide nor judge."""
         if tuner is None:
             raise FewstepError(
@@ -126,12 +127,12 @@ def _steering(model: FewStepModule) -> Steering:
     """How the experiment steers.
 
     Raises:
-        FewstepError: if it does not, or by something that has no knobs.
+        FewstepError: if it does not.
     """
     steering = None if model.steered is None else model.steered.steering
-    if steering is None or not isinstance(steering.guidance, Guidance):
+    if steering is None or steering.guidance is None:
         raise FewstepError(
             "This experiment has no guidance to search for. Give one that does, such as "
-            "guidance/digits/few_polyak; the search of initial noise has no strength to double."
+            "guidance/digits/few_polyak."
         )
     return steering

@@ -15,8 +15,9 @@ from tqdm import tqdm
 from callbacks.generation import Cell, Scene
 from callbacks.reference_sets import ReferenceSets
 from fewstep.errors import FewstepError
-from fewstep.guidance import Bench, Costs, Guidance, GuidedSamples, Judge, Trace, Trial
+from fewstep.guidance import Bench, Costs, GuidedSamples, Judge, Trace, Trial
 from fewstep.guidance.energies import Target
+from fewstep.guidance.knobs import Searched
 from fewstep.guidance.tuners import EnergyTuner
 from fewstep.metrics import NearestDataDistance, ReferenceStore
 from lightning_modules.steered_roles import SteeredRoles
@@ -76,7 +77,7 @@ class Tuning:
         once = self.target()
         return torch.cat([once] * len(self.steps)) if isinstance(once, Tensor) else once
 
-    def draw(self, guidance: Guidance | None) -> GuidedSamples:
+    def draw(self, guidance: Searched | None) -> GuidedSamples:
         """Samples at all numbers of steps; how each did is in :attr:`looks` then.
 
         Raises:
@@ -152,7 +153,7 @@ class Trials:
 
             yield Bench(self._sample, self.tuning.tuner, self.tuning.targets(), note)
 
-    def _sample(self, guidance: Guidance) -> GuidedSamples:
+    def _sample(self, guidance: Searched) -> GuidedSamples:
         """Samples that a tuner may score.
 
         Raises:

@@ -13,11 +13,19 @@ import yaml
 from torch import Tensor
 
 from fewstep.errors import FewstepError
-from fewstep.guidance import Guidance, Judge, MixtureLikelihood, methods
+from fewstep.guidance import (
+    Capped,
+    Guidance,
+    Judge,
+    MixtureLikelihood,
+    NoiseOptimisation,
+    Polyak,
+    methods,
+)
 from fewstep.guidance.energies import Target
 from fewstep.guidance.knobs import read_number
 from fewstep.networks import ring
-from scripts.experiments import known_experiments
+from scripts.experiments import find_experiment, known_experiments
 from scripts.guidance.knobs import chosen_knobs, strengths
 from scripts.guidance.overlay import ARGUMENTS, Overlay
 from scripts.main import run
@@ -86,6 +94,27 @@ def test_a_search_among_candidates_counts_them_all() -> None:
     (tried,) = trials()
     assert tried["denoiser_evaluations"] == 2 * 4
     assert tried["energy_evaluations"] == 2 * (4 + 1)
+
+
+def test_the_search_of_initial_noise_can_be_tuned_too() -> None:
+    model = yaml.safe_load(find_experiment(EXPERIMENT).read_text())["model"]
+    steering = model["init_args"]["steering"]
+    polyak = {"class_path": "fewstep.guidance.Polyak", "init_args": {"strength": 1.0}}
+    rule = {"class_path": "fewstep.guidance.Capped", "init_args": {"rule": polyak, "radius": 0.2}}
+    energy = steering["guidance"]["init_args"]["energy"]
+    steering["guidance"] = {
+        "class_path": "fewstep.guidance.NoiseOptimisation",
+        "init_args": {"energy": energy, "rule": rule, "iterations": 2},
+    }
+    defaults = {"data": {"class_path": "datamodules.RingData"}, "trainer": {"max_steps": 0}}
+    Path("noise.yaml").write_text(yaml.safe_dump({"model": model, **defaults}))
+    search("--trials", "2", "--knobs", "rule.radius", experiment="noise.yaml")
+    best = Path("runs/noise.yaml/search/4_steps/best.yaml")
+    written = yaml.safe_load(best.read_text())["model"]["init_args"]["steering"]["guidance"]
+    assert written["class_path"] == "fewstep.guidance.NoiseOptimisation"
+    assert written["init_args"]["rule"]["init_args"]["radius"] in (0.05, 0.1)
+    noise = NoiseOptimisation(MixtureLikelihood(ring(5)), Capped(Polyak(1.0), 0.2))
+    assert strengths(noise) == ["rule.rule.strength"]
 
 
 @pytest.mark.slow
