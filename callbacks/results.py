@@ -153,6 +153,9 @@ def source_of(trainer: pl.Trainer, pl_module: pl.LightningModule, updates: int) 
     source: dict[str, Any] = {"student_updates": updates}
     if isinstance(pl_module, SteeredSampler) and (steering := pl_module.steering_record()):
         source["steering"] = steering
+    drawn: dict[str, Any] = getattr(pl_module, "sampling_record", dict)()
+    if drawn:
+        source["sampling"] = drawn
     loaded = getattr(trainer, "ckpt_path", None) if trainer.state.fn != "fit" else None
     home = Path(trainer.default_root_dir).resolve()
     if loaded is not None and home not in Path(loaded).resolve().parents:

@@ -7,6 +7,7 @@ an experiment YAML uses; it survives ``torch.load(weights_only=True)``.
 from __future__ import annotations
 
 import importlib
+import inspect
 from abc import ABC, abstractmethod
 from typing import Any, Protocol, TypeVar
 
@@ -45,6 +46,28 @@ def describe(thing: Describable | Change) -> Spec:
     spec = {"class_path": f"{cls.__module__}.{cls.__qualname__}", "init_args": dict(thing.config)}
     changes = [describe(change) for change in getattr(thing, "changes", ())]
     return {**spec, "changes": changes} if changes else spec
+
+
+def with_defaults(value: Any) -> Any:
+    """Plain values whose descriptions state all arguments, those left out by their defaults.
+
+    So a checkpoint from before a class had an option equals one that leaves it at its default.
+    Classes that cannot be found stay as they are.
+    """
+    if isinstance(value, list):
+        return [with_defaults(one) for one in value]
+    if not isinstance(value, dict):
+        return value
+    found = {name: with_defaults(one) for name, one in value.items()}
+    if isinstance(value.get("class_path"), str) and isinstance(value.get("init_args"), dict):
+        module_name, _, name = value["class_path"].rpartition(".")
+        try:
+            known = inspect.signature(getattr(importlib.import_module(module_name), name))
+        except (ImportError, AttributeError, ValueError, TypeError):
+            return found
+        stated = {n: p.default for n, p in known.parameters.items() if p.default is not p.empty}
+        found["init_args"] = {**stated, **found["init_args"]}
+    return found
 
 
 def build(spec: Spec, expected: type[T]) -> T:

@@ -113,6 +113,12 @@ class FewStepModule(BuiltRoles):
         vae_slicing: bool = False,
     ) -> None:
         super().__init__({"student": optimizer}, warmup_updates, lr_decay, gradient_clip)
+        require_at_least(0, clip_from=clip_from)
+        if clip_from and gradient_clip is None:
+            raise FewstepError(
+                f"clip_from is {clip_from}, but nothing is clipped: set gradient_clip, or leave "
+                "clip_from out."
+            )
         self.clip_from = clip_from
         self.accumulate = accumulate
         self.ema_decay = ema_decay

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from fewstep.errors import FewstepError
+from fewstep.spec import with_defaults
 
 
 def _differences(there: Any, here: Any, path: str = "") -> list[str]:
@@ -37,8 +38,8 @@ def check_same_experiment(stored: dict[str, Any] | None, current: dict[str, Any]
         raise FewstepError("This checkpoint was not written by fewstep; it cannot be resumed from.")
     ignored = {"student_updates", "frozen", "training", "sampling"}
     found = _differences(
-        {k: v for k, v in stored.items() if k not in ignored},
-        {k: v for k, v in current.items() if k not in ignored},
+        with_defaults({k: v for k, v in stored.items() if k not in ignored}),
+        with_defaults({k: v for k, v in current.items() if k not in ignored}),
     )
     there, here = (
         {role: origin.get("sha256") for role, origin in side["frozen"].items()}

@@ -32,6 +32,7 @@ from lightning_modules.conditioning import drop_cond
 from lightning_modules.optimisation import Draws
 from lightning_modules.roles import Evaluations, TeacherSource, Update, load_teacher
 from lightning_modules.sensitivity_penalty import SensitivityPenalty
+from lightning_modules.steering import Steering
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class DiffusionTraining(FewStepModule):
         cond_dropout: share of samples trained without their condition, for guidance.
         sensitivity: a penalty on residual units that amplify; none by default.
         sampler: ``ode`` follows the probability-flow ODE; ``ddpm`` draws each step from the reverse
-            process, with learned variances if there are any. Steered samples follow the ODE.
+            process, with learned variances if there are any.
         guided_channels: guide so many channels of a sample alone; all by default. DiT guides the
             first three of a latent's four.
         base: options of :class:`~lightning_modules.base.FewStepModule`.
@@ -110,6 +111,12 @@ class DiffusionTraining(FewStepModule):
         if self.sampler == "ddpm":
             for steps in self.step_counts():
                 ancestral_times(self.schedule, steps)
+        channels = self.student.sample_shape[0]
+        if self.guided_channels is not None and not 1 <= self.guided_channels <= channels:
+            raise FewstepError(
+                f"guided_channels is how many of a sample's {channels} channels are guided, not "
+                f"{self.guided_channels}; null guides all."
+            )
         if self.student.backbone.learned_variance and not isinstance(self.schedule, VPSchedule):
             raise FewstepError(
                 "Variances are learned by the bound of a variance-preserving schedule, not of "
@@ -139,15 +146,37 @@ class DiffusionTraining(FewStepModule):
         target = network_target(x0, noise, *self.schedule.levels(t, x0), self.prediction_type)
         penalty, number = self.sensitivity, self.student_updates
         with penalty.watching(self.student, number, self._generator) as measured:
-            output, where = self.student.outputs(x_t, t, cond)
+            output, told = self.student.outputs(x_t, t, cond)
             loss = mse(output, target)
         total, terms = penalty.added_to(loss, self._weighed, measured)
-        if where is not None:
+        if told is not None:
             assert isinstance(self.schedule, VPSchedule)
             predicted = self.student.interpret(output.detach(), x_t, t).x0
-            bound = variational_bound(self.schedule, x0, x_t, t, predicted, where).mean()
+            bound = variational_bound(self.schedule, x0, x_t, t, predicted, told).mean()
             total, terms = total + bound, {**terms, "bound": bound}
         yield Update("student", total, {"loss": loss, **terms})
+
+    def steer(self, steering: Steering) -> None:
+        """Steers all sampling from now on.
+
+        Raises:
+            FewstepError: with DDPM's sampler. Steered samples follow the ODE, and so must those
+                that they are compared with.
+        """
+        if self.sampler == "ddpm":
+            raise FewstepError(
+                "Steered samples follow the ODE, and this run samples by DDPM. Set "
+                "--model.init_args.sampler ode, so that guidance alone makes the difference."
+            )
+        super().steer(steering)
+
+    def sampling_record(self) -> dict[str, Any]:
+        options = {"sampler": self.sampler, "guided_channels": self.guided_channels}
+        return {name: value for name, value in options.items() if value not in ("ode", None)}
+
+    def method_metadata(self) -> dict[str, Any]:
+        found = self.sampling_record()
+        return {"sampling": found} if found else {}
 
     def sample_from(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -49,6 +51,13 @@ class SampledRoles(OptimisedRoles):
         """How this method's student samples; by default along the probability-flow ODE."""
         times = denoiser.schedule.spaced_times(num_steps)
         return ode_sample(denoiser, noise, cond, times)
+
+    def sampling_record(self) -> dict[str, Any]:
+        """What of how samples are drawn a run may choose and did, in plain values.
+
+        Measurements of samples that were drawn in another way are not kept beside its own.
+        """
+        return {}
 
     def sampling_roles(self) -> list[str]:
         """Roles that can sample, the default one first."""

@@ -86,7 +86,7 @@ class SteeredRoles(RecordedRoles):
             size: int = network.backbone.config["guidance_embedding_dim"]
             given[name] = guidance_embedding(noise.new_full((len(noise),), told), size)
         samples = self.steered.sample(
-            Guided(network, self.guidance_scale(role)),
+            Guided(network, self.guidance_scale(role), channels=self.guided_channels),
             noise,
             given or None,
             target,

@@ -100,12 +100,12 @@ def run(arguments: list[str]) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of the ``fewstep`` command; returns the exit status."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    if not arguments or arguments[0] in ("-h", "--help"):
-        print(HELP, end="")
-        return 0
     failed = True
     try:
-        run(arguments)
+        if not arguments or arguments[0] in ("-h", "--help"):
+            print(HELP, end="")
+        else:
+            run(arguments)
         sys.stdout.flush()
         failed = False
     except KeyboardInterrupt:
@@ -126,7 +126,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _nobody_reads() -> bool:
     """Whether standard output leads nowhere, as behind `head`; if so, its rest is dropped."""
-    stdout = sys.stdout.fileno()
+    try:
+        stdout = sys.stdout.fileno()
+    except (OSError, ValueError):  # a notebook's, say
+        return False
     poll = select.poll()
     poll.register(stdout, 0)
     if not poll.poll(0):

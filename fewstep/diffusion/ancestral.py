@@ -59,14 +59,17 @@ def _forward_variance(schedule: Schedule, t: Tensor, s: Tensor) -> Tensor:
     return schedule.sigma(t).square() - carried.square()
 
 
-def between(where: Tensor, least: Tensor, greatest: Tensor) -> Tensor:
-    """Log variances ``(B, ...)`` where a network says they lie, between bounds ``(B,)``."""
-    low, high = (expand_to(bound.to(where.dtype), where) for bound in (least, greatest))
-    return low + (where + 1) / 2 * (high - low)
+def between(told: Tensor, least: Tensor, greatest: Tensor) -> Tensor:
+    """Log variances ``(B, ...)`` where a network says that they lie between bounds ``(B,)``.
+
+    ``(told + 1) / 2`` is Nichol & Dhariwal's ``v``, which a network may also take out of [0, 1].
+    """
+    low, high = (expand_to(bound.to(told.dtype), told) for bound in (least, greatest))
+    return low + (told + 1) / 2 * (high - low)
 
 
 def variational_bound(
-    schedule: VPSchedule, x0: Tensor, x_t: Tensor, t: Tensor, predicted: Tensor, where: Tensor
+    schedule: VPSchedule, x0: Tensor, x_t: Tensor, t: Tensor, predicted: Tensor, told: Tensor
 ) -> Tensor:
     """A time's term of the bound on the likelihood, in bits a value, ``(B,)``.
 
@@ -78,7 +81,7 @@ def variational_bound(
         x0, x_t: clean and noisy samples, ``(B, ...)``.
         t: train indices ``(B,)``.
         predicted: what the network takes for ``x0``; detach it, so that variances alone learn.
-        where: what the network says of variances.
+        told: where the network says that variances lie, see :func:`between`.
     """
     # Index 0 leads to clean data, where the least variance is none: it borrows that of index 1.
     s = t - 1
@@ -86,7 +89,7 @@ def variational_bound(
     least, _ = log_variances(schedule, inner, inner - 1)
     _, greatest = log_variances(schedule, t, s)
     mean = posterior_mean(schedule, predicted, x_t, t, s)
-    log_variance = between(where, least, greatest)
+    log_variance = between(told, least, greatest)
     true = posterior_mean(schedule, x0, x_t, t, s)
     divergence = _divergence(true, expand_to(least.to(x0.dtype), x0), mean, log_variance)
     surprise = _surprise(x0, mean, log_variance / 2)
@@ -154,16 +157,16 @@ def ancestral_sample(
     schedule, x = denoiser.schedule, noise
     steps = times.to(noise.device).unsqueeze(1).expand(-1, noise.shape[0])
     for index, (t, s) in enumerate(pairwise(steps)):
-        where: Tensor | None = None
+        told: Tensor | None = None
         if isinstance(denoiser, TellsVariance):
-            prediction, where = denoiser.with_variance(x, t, cond)
+            prediction, told = denoiser.with_variance(x, t, cond)
         else:
             prediction = denoiser(x, t, cond)
         mean = posterior_mean(schedule, prediction.x0, x, t, s)
         if index == len(times) - 2:
             return mean
         least, greatest = log_variances(schedule, t, s)
-        if where is None:
-            where = torch.ones_like(mean)
-        x = mean + (between(where, least, greatest) / 2).exp() * normal_like(mean, generator)
+        if told is None:
+            told = torch.ones_like(mean)
+        x = mean + (between(told, least, greatest) / 2).exp() * normal_like(mean, generator)
     return x

@@ -20,8 +20,8 @@ Cond = Mapping[str, Tensor]
 class Backbone(nn.Module):
     """A network behind one face: ``forward(x_t, t, **cond)`` returns an output shaped like ``x_t``.
 
-    One with ``learned_variance`` returns twice the channels: behind the output, for each value
-    where its variance lies (see :mod:`fewstep.diffusion.ancestral`).
+    Or, with ``learned_variance``, twice its channels: the second half tells where each value's
+    variance lies (see :mod:`fewstep.diffusion.ancestral`).
 
     Attributes:
         config: plain constructor arguments (see :mod:`fewstep.spec`).
@@ -217,6 +217,7 @@ class Denoiser(nn.Module):
         cond: Cond | None,
         guidance_scale: float,
         detach_null: bool = False,
+        channels: int | None = None,
     ) -> tuple[Prediction, Tensor | None]:
         """What :meth:`guided` gives, and what guidance adds to the predicted noise.
 
@@ -226,7 +227,7 @@ class Denoiser(nn.Module):
         if cond is None or guidance_scale == 1:
             return self(x_t, t, cond), None
         branches, _ = self._branches(x_t, t, cond, detach_null)
-        found = self.interpret(_combined(*branches, guidance_scale), x_t, t)
+        found = self.interpret(_combined(*branches, guidance_scale, channels), x_t, t)
         with torch.no_grad():
             return found, found.eps - self.interpret(branches[1], x_t, t).eps
 
@@ -307,7 +308,9 @@ class Guided:
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None
     ) -> tuple[Prediction, Tensor | None]:
         """See :meth:`Denoiser.guided_with_gap`."""
-        return self.denoiser.guided_with_gap(x_t, t, cond, self.guidance_scale, self.detach_null)
+        return self.denoiser.guided_with_gap(
+            x_t, t, cond, self.guidance_scale, self.detach_null, self.channels
+        )
 
     def with_variance(
         self, x_t: Tensor, t: Tensor, cond: Cond | None = None

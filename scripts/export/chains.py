@@ -40,6 +40,9 @@ def chain_of(record: Record, schedule: Schedule, num_steps: int) -> Chain:
         )
     own = chains.chain_of(record, schedule, num_steps)
     plain = Chain(own.times, own.renoise)
+    if record.get("sampling", {}).get("sampler") == "ddpm":
+        note = "The run samples by DDPM; what is exported follows the ODE instead."
+        return replace(plain, note=note)
     if own.stochasticity == 0:
         return plain
     if own.stochasticity == 1 and schedule.t_min == schedule.t_clean:

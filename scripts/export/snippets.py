@@ -58,7 +58,12 @@ def pipeline_snippet(
 
 
 def transformer_snippet(
-    folder: str, call: Call, scheduler: Any, shape: tuple[int, ...], num_classes: int
+    folder: str,
+    call: Call,
+    scheduler: Any,
+    shape: tuple[int, ...],
+    num_classes: int,
+    learned_variance: bool = False,
 ) -> str:
     """Sampling, by hand, a class-conditional transformer that is no pipeline's.
 
@@ -66,6 +71,7 @@ def transformer_snippet(
         folder: of ``transformer/`` and ``scheduler/``, as the reader will write it.
         shape: of a sample, ``(C, H, W)``.
         num_classes: number of classes; the label after the last means "no class".
+        learned_variance: whether the output tells variances too, which are left out.
     """
     name = type(scheduler).__name__
     arguments = dict(call.arguments)
@@ -76,15 +82,16 @@ def transformer_snippet(
     extra += ", generator=generator" if draws else ""
     times = _keywords({n: v for n, v in arguments.items() if n != "num_inference_steps"})
     load = f"from_pretrained({_literal(folder)}, subfolder="
+    mean = f"[:, :{shape[0]}]" if learned_variance else ""
     output = [
-        "        output = network(x, timestep=t.expand(len(x)), class_labels=labels).sample",
+        f"        output = network(x, timestep=t.expand(len(x)), class_labels=labels).sample{mean}",
     ]
     if guidance != 1:
         output = [
             f"        both = torch.cat([labels, torch.full_like(labels, {num_classes})])",
             "        doubled = torch.cat([x, x])",
             "        output = network(doubled, timestep=t.expand(len(both)), class_labels=both)",
-            "        given, null = output.sample.chunk(2)",
+            f"        given, null = output.sample{mean}.chunk(2)",
             f"        output = null + {guidance!r} * (given - null)",
         ]
     lines = [

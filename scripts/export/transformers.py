@@ -35,8 +35,8 @@ def export_transformer(request: Request, student: Student, folder: Path) -> Expo
     write_network(plain_network(denoiser), folder / "transformer", request.half)
     match.scheduler.save_pretrained(folder / "scheduler")
     name, classes = request.folder.name, denoiser.backbone.config["num_classes"]
+    shape, told = denoiser.sample_shape, denoiser.backbone.learned_variance
     snippets = [
-        transformer_snippet(name, call, match.scheduler, denoiser.sample_shape, classes)
-        for call in calls
+        transformer_snippet(name, call, match.scheduler, shape, classes, told) for call in calls
     ]
     return record_export(request, student, folder, match, calls, snippets, [])

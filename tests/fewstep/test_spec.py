@@ -9,7 +9,7 @@ import torch
 from fewstep.diffusion import Backbone, FlowSchedule, Schedule, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks import DiT, RingMixture
-from fewstep.spec import Describable, build, describe
+from fewstep.spec import Describable, build, describe, with_defaults
 
 THINGS = [
     (VPSchedule("linear", 0.0001, 0.02, trajectory_end="clean"), Schedule),
@@ -63,3 +63,15 @@ def test_a_callable_that_is_no_backbone_is_never_called(tmp_path: Path) -> None:
 def test_a_class_that_cannot_be_found_is_named(path: str) -> None:
     with pytest.raises(FewstepError, match=f"class '{path}', which cannot be imported"):
         build({"class_path": path, "init_args": {}}, Backbone)
+
+
+def test_an_option_that_an_older_description_lacks_has_its_default() -> None:
+    network = DiT(sample_size=4, channels=1, num_layers=1, num_heads=1, head_dim=8)
+    older = describe(network)
+    del older["init_args"]["learned_variance"]
+    listed = {"roles": [older, "missing.Class", {"class_path": "missing.Class", "init_args": {}}]}
+    whole = with_defaults({"roles": [describe(network), *listed["roles"][1:]]})
+    assert with_defaults(listed) == whole
+    assert whole["roles"][0]["init_args"]["learned_variance"] is False
+    other = describe(DiT(4, 1, num_layers=1, num_heads=1, head_dim=8, learned_variance=True))
+    assert with_defaults(other) != whole["roles"][0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 
@@ -23,10 +24,11 @@ from fewstep.diffusion import (
 from fewstep.errors import FewstepError
 from fewstep.networks import DiT, Latte
 from fewstep.seeding import torch_generator
-from lightning_modules import DiffusionTraining
+from lightning_modules import DiffusionTraining, Steering
+from lightning_modules.checks import check_same_experiment
 
 LINEAR = VPSchedule(beta_schedule="linear", beta_start=1e-4, beta_end=0.02)
-OPTIONS = {"patch_size": 2, "num_layers": 2, "num_heads": 2, "head_dim": 8}
+OPTIONS: dict[str, int] = {"patch_size": 2, "num_layers": 2, "num_heads": 2, "head_dim": 8}
 
 
 def dit() -> DiT:
@@ -88,22 +90,57 @@ def test_the_bound_teaches_variances_alone(digit_batch: Batch) -> None:
     assert rows["both"][:, 1].abs().sum() > 0
 
 
+def coloured() -> DiT:
+    torch.manual_seed(0)
+    network = DiT(8, 3, **OPTIONS, learned_variance=True)
+    stir(network)
+    return network
+
+
 def test_samples_are_drawn_with_the_variances_and_the_guidance_that_were_asked_for() -> None:
-    module = built(sampler="ddpm", sampling_guidance=2.0, guided_channels=1, step_counts=[5])
-    noise = torch.randn(2, 1, 8, 8)
+    options = {"sampling_guidance": 3.0, "guided_channels": 2, "step_counts": [5]}
+    module = DiffusionTraining(coloured, LINEAR, "epsilon", sampler="ddpm", **options)  # type: ignore[arg-type]
+    module.configure_model()
+    noise = torch.randn(2, 3, 8, 8)
     cond = {"class_labels": torch.tensor([1, 2])}
-    own = [torch.Generator().manual_seed(i) for i in range(2)]
-    found = module.sample(noise, cond, 5, own)
-    again = [torch.Generator().manual_seed(i) for i in range(2)]
+
+    def own() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in range(2)]
+
     assert module.ema is not None
+    found = module.sample(noise, cond, 5, own())
     times = ancestral_times(LINEAR, 5)
-    torch.testing.assert_close(
-        found, ancestral_sample(Guided(module.ema, 2.0), noise, cond, times, again)
-    )
-    alone = module.sample(
-        noise[1:], {"class_labels": torch.tensor([2])}, 5, [torch.Generator().manual_seed(1)]
-    )
+    for channels, same in ((2, True), (None, False)):
+        guided = Guided(module.ema, 3.0, channels=channels)
+        drawn = ancestral_sample(guided, noise, cond, times, own())
+        assert torch.allclose(found, drawn, atol=1e-5) == same
+    alone = module.sample(noise[1:], {"class_labels": torch.tensor([2])}, 5, own()[1:])
     torch.testing.assert_close(found[1:], alone, atol=1e-5, rtol=1e-4)
+
+
+def test_a_run_says_how_it_samples_where_that_is_not_the_default() -> None:
+    drawn = built(sampler="ddpm", guided_channels=1)
+    assert drawn.metadata()["sampling"] == {"sampler": "ddpm", "guided_channels": 1}
+    assert "sampling" not in built().metadata()
+
+
+def test_what_could_not_work_is_refused() -> None:
+    with pytest.raises(FewstepError, match="a sample's 1 channels are guided, not 3"):
+        built(guided_channels=3)
+    with pytest.raises(FewstepError, match="guidance alone makes the difference"):
+        built(sampler="ddpm").steer(Steering())
+    with pytest.raises(FewstepError, match="nothing is clipped"):
+        built(gradient_clip=None, clip_from=10)
+
+
+def test_a_checkpoint_from_before_there_were_variances_is_still_of_its_experiment() -> None:
+    module = DiffusionTraining(partial(DiT, 8, 1, **OPTIONS), LINEAR, "epsilon")
+    module.configure_model()
+    stored = copy.deepcopy(module.metadata())
+    del stored["denoiser"]["backbone"]["init_args"]["learned_variance"]
+    check_same_experiment(stored, module.metadata())
+    with pytest.raises(FewstepError, match="learned_variance: False in the checkpoint, True"):
+        check_same_experiment(stored, built().metadata())
 
 
 def test_clips_have_variances_too() -> None:

@@ -216,9 +216,13 @@ DIGITS: dict[str, tuple[type[ConsistencyDistillation], Schedule, dict[str, Any],
 }
 
 
-def digit_teacher(schedule: Schedule) -> Denoiser:
+TELL_VARIANCES = ("cm", "pcm_guided")
+
+
+def digit_teacher(schedule: Schedule, told: bool) -> Denoiser:
     prediction: Any = "flow_prediction" if isinstance(schedule, FlowSchedule) else "v_prediction"
-    return Denoiser(DiT(8, 1, num_layers=2, num_heads=2, head_dim=8), schedule, prediction)
+    network = DiT(8, 1, num_layers=2, num_heads=2, head_dim=8, learned_variance=told)
+    return Denoiser(network, schedule, prediction)
 
 
 @pytest.mark.slow
@@ -226,7 +230,8 @@ def test_the_cards_lines_for_digits_draw_what_the_student_draws(tmp_path: Path) 
     torch.manual_seed(0)
     ours = {}
     for name, (method, schedule, options, steps) in DIGITS.items():
-        made = method(teacher=partial(digit_teacher, schedule), **options)
+        teacher = partial(digit_teacher, schedule, name in TELL_VARIANCES)
+        made = method(teacher=teacher, **options)
         student = save_student(made, tmp_path / f"{name}.ckpt")
         export(tmp_path / f"{name}.ckpt", "--dest", tmp_path / name, "--steps", *steps)
         for k in steps:

@@ -222,6 +222,9 @@ def test_a_student_of_one_phase_is_exported_for_one_step_and_several(
 def test_a_trained_teacher_is_sampled_by_ddim() -> None:
     said = {**record(INDEX_0, 50), "method": "DiffusionTraining"}
     assert type(match(SD, "epsilon", INDEX_0, said).scheduler).__name__ == "DDIMScheduler"
+    drawn = {**said, "sampling": {"sampler": "ddpm"}}
+    assert "samples by DDPM" in chain_of(drawn, INDEX_0, 4).note
+    assert not chain_of(said, INDEX_0, 4).note
 
 
 def test_unknown_methods_and_step_counts_are_refused() -> None:

@@ -8,11 +8,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.tables import Table
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies.base import Energy, Target, needed, safe_length
 from fewstep.watermark import watermark
@@ -39,13 +41,20 @@ def _paths(x0: Tensor, positions: MakesPositions | None) -> Tensor:
     return paths
 
 
+@cache
+def _opacity(size: int) -> Table:
+    """The watermark's opacity ``(H, H)``."""
+    return Table(torch.from_numpy(watermark(size)))
+
+
 @dataclass(frozen=True)
 class InkCentres(Positions):
     """Where the ink of moving digits is: positions for the energies here, x and y in pixels.
 
-    Grey videos ``(N, 1, F, H, H)`` in [-1, 1] to ``(N, F, 2)`` from the top left pixel, as
-    :func:`fewstep.metrics.tracks` measures them, but differentiable everywhere: frames with little
-    ink tend to the middle.
+    Grey videos ``(N, 1, F, H, H)`` in [-1, 1] to ``(N, F, 2)`` from the top left pixel, nearly as
+    :func:`fewstep.metrics.tracks` measures them, but differentiable: a pixel's worth of ink is
+    taken to be in the middle, where frames without any have their centre. Light beyond white, which
+    no picture can show, does not count.
 
     Args:
         mark: how much of the watermark the videos have on them, from 0 to 1; it is taken off.
@@ -61,9 +70,9 @@ class InkCentres(Positions):
                 "InkCentres looks at square grey videos (N, 1, F, H, H), not at samples of shape "
                 f"{tuple(x0.shape)}."
             )
-        mark = self.mark * torch.from_numpy(watermark(x0.shape[-1])).to(x0)
+        mark = self.mark * _opacity(x0.shape[-1]).on(x0.device).to(x0.dtype)
         light = ((x0[:, 0] + 1) / 2 - mark) / (1 - mark)
-        ink = (light - self.faint).clamp_min(0)
+        ink = (light.clamp_max(1) - self.faint).clamp_min(0)
         places = torch.arange(ink.shape[-1], dtype=ink.dtype, device=ink.device)
         total, middle = ink.sum((-1, -2)), places.mean()
         sums = [(ink.sum(-2) * places).sum(-1), (ink.sum(-1) * places).sum(-1)]

@@ -18,7 +18,9 @@ NullShapes = Mapping[str, Sequence[int] | None]
 class DiffusersBackbone(Backbone):
     """Holds a network of diffusers' and what its pipeline feeds the unconditional branch.
 
-    A family sets ``network_class`` and writes ``forward`` and ``feature_blocks``.
+    A family sets ``network_class`` and writes ``forward`` and ``feature_blocks``. One whose
+    networks may tell variances, in as many channels again, sets ``may_tell_variance`` and returns
+    them all.
 
     Args:
         network: the network, or its plain configuration, from which it is built untrained.
@@ -29,6 +31,7 @@ class DiffusersBackbone(Backbone):
     """
 
     network_class: ClassVar[Any]
+    may_tell_variance: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -47,6 +50,8 @@ class DiffusersBackbone(Backbone):
             "sample_shape": list(sample_shape),
             "null": shapes,
         }
+        twice = self.config["network"].get("out_channels") == 2 * self.sample_shape[0]
+        self.learned_variance = self.may_tell_variance and twice
         for name, shape in shapes.items():
             if shape is not None:
                 self.register_buffer(f"null_{name}", torch.zeros(shape))
@@ -101,8 +106,3 @@ def plain_config(network: Any) -> dict[str, Any]:
     """A diffusers network's constructor arguments as plain values."""
     config: dict[str, Any] = json.loads(network.to_json_string())
     return {name: value for name, value in config.items() if not name.startswith("_")}
-
-
-def without_variance(output: Tensor, channels: int) -> Tensor:
-    """The mean's half of an output ``(B, 2 C, H, W)`` whose other half is a learned variance."""
-    return output[:, :channels]

@@ -14,15 +14,16 @@ from torch import Tensor
 from fewstep.diffusion.denoiser import Cond
 from fewstep.errors import FewstepError
 from fewstep.networks.classes import check_labels
-from fewstep.networks.families.base import DiffusersBackbone, without_variance
+from fewstep.networks.families.base import DiffusersBackbone
 from fewstep.networks.families.family import Family
 from fewstep.networks.families.unets import unet_blocks
 
 
 class PixelUNet(DiffusersBackbone):
-    """``diffusers.UNet2DModel``; the variance that some predict beside the mean is dropped."""
+    """``diffusers.UNet2DModel``; some tell variances too."""
 
     network_class = UNet2DModel
+    may_tell_variance = True
 
     @property
     def feature_blocks(self) -> dict[str, int]:
@@ -50,7 +51,7 @@ class PixelUNet(DiffusersBackbone):
         """
         check_labels(self, class_labels, self.network.class_embedding is not None)
         output: Tensor = self.network(x_t, t, class_labels, return_dict=False)[0]
-        return without_variance(output, x_t.shape[1])
+        return output
 
 
 FAMILY = Family("DDPMPipeline", PixelUNet, part="unet", latent=False)

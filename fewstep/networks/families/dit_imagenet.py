@@ -26,6 +26,7 @@ class DiTImageNet(TransformerBackbone):
     """``diffusers.DiTTransformer2DModel`` as it is in a pipeline's folder."""
 
     network_class = DiTTransformer2DModel
+    may_tell_variance = True
 
     def __init__(
         self,
@@ -34,8 +35,6 @@ class DiTImageNet(TransformerBackbone):
         null: NullShapes | None = None,
     ) -> None:
         super().__init__(network, sample_shape, null)
-        channels = self.network.config["out_channels"] or self.network.config["in_channels"]
-        self.learned_variance = channels == 2 * self.sample_shape[0]
         self.num_classes: int = self.network.config["num_embeds_ada_norm"]
         for block in self.network.transformer_blocks:
             block.norm1.emb.class_embedder.dropout_prob = 0.0

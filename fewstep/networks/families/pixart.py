@@ -1,8 +1,8 @@
 """PixArt-Sigma: a DiT with cross-attention to a T5.
 
 Samples are latents ``(B, 4, H / 8, W / 8)``. Text is ``encoder_hidden_states (B, 300, 4096)`` with
-``encoder_attention_mask (B, 300)``. The network also predicts a variance, which deterministic
-samplers do not use and which is dropped here. Its networks are told nothing of sizes.
+``encoder_attention_mask (B, 300)``. The network also tells variances, which deterministic samplers
+do not use. Its networks are told nothing of sizes.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ from __future__ import annotations
 from diffusers import PixArtTransformer2DModel
 from torch import Tensor
 
-from fewstep.networks.families.base import without_variance
 from fewstep.networks.families.family import Family, encode_masked
 from fewstep.networks.families.transformers import TransformerBackbone
 
 
 class PixArtSigma(TransformerBackbone):
-    """``diffusers.PixArtTransformer2DModel`` without its variance."""
+    """``diffusers.PixArtTransformer2DModel``."""
 
     network_class = PixArtTransformer2DModel
+    may_tell_variance = True
 
     def forward(
         self,
@@ -36,7 +36,7 @@ class PixArtSigma(TransformerBackbone):
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             return_dict=False,
         )[0]
-        return without_variance(output, x_t.shape[1])
+        return output
 
 
 FAMILY = Family("PixArtSigmaPipeline", PixArtSigma, encode=encode_masked)
