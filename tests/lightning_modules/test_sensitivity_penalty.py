@@ -27,9 +27,9 @@ OPTIONS: dict[str, Any] = {"gates": ResidualGates()}
 PENALTY = SensitivityPenalty(weight=0.5, every=2, units=1, gate_weight=0.1)
 
 
-def loud() -> DiT:
+def loud(**options: Any) -> DiT:
     """A network whose blocks are far from the identity."""
-    network: DiT = QUIET()
+    network: DiT = QUIET(**options)
     with torch.no_grad():
         for block in network.transformer.transformer_blocks:
             block.norm1.linear.weight.mul_(10)
