@@ -4,7 +4,11 @@ A denoiser of latents is guided through its own decoder by a CLIP of the same pr
 practice: the views are made of pixels that were decoded once, so only the guide sees K pictures.
 Targets are encoded once, before the clock starts. Weights are random, and nothing is downloaded.
 
-    python -m scripts.benchmark_guidance --device cuda --size 64 --width 320 --guide 768
+    python -m scripts.benchmark_guidance --device cuda --size 64 --width 320 --vae 128 --guide 768 \\
+        --pixels 224
+
+A view's pass through the guide is 1 % of the U-Net's and the decoder's by operations, here (1.01 %)
+as there (1.06 %, with ViT-B).
 
 "decoded anew" is what guidance costs that decodes a picture for each view.
 """
@@ -158,7 +162,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=16, help="height and width of a latent")
     parser.add_argument("--width", type=int, default=64, help="of the U-Net; 320 in SD 1.5")
     parser.add_argument("--vae", type=int, default=32, help="width of the VAE; 128 in SD 1.5")
-    parser.add_argument("--guide", type=int, default=64, help="of the guide; 768 in ViT-B")
+    parser.add_argument("--guide", type=int, default=32, help="of the guide; 768 in ViT-B")
     parser.add_argument("--pixels", type=int, default=56, help="side of what the guide sees")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--anew", action="store_true", help="also decode each view by itself")
