@@ -4,8 +4,7 @@ A denoiser of latents is guided through its own decoder by a CLIP of the same pr
 practice: the views are made of pixels that were decoded once, so only the guide sees K pictures.
 Targets are encoded once, before the clock starts. Weights are random, and nothing is downloaded.
 
-    python -m scripts.benchmark_guidance --device cuda --size 64 --width 320 --vae 128 --guide 768 \\
-        --pixels 224
+    python -m scripts.benchmark_guidance --size 64 --width 320 --vae 128 --guide 768 --pixels 224
 
 A view's pass through the guide is 1 % of the U-Net's and the decoder's by operations, here (1.01 %)
 as there (1.06 %, with ViT-B).
