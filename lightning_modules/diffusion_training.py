@@ -20,7 +20,6 @@ from fewstep.diffusion import (
     ancestral_sample,
     ancestral_times,
     network_target,
-    ode_sample,
     variational_bound,
 )
 from fewstep.diffusion.losses import mse
@@ -189,7 +188,7 @@ class DiffusionTraining(FewStepModule):
         if self.sampler == "ddpm":
             times = ancestral_times(denoiser.schedule, num_steps)
             return ancestral_sample(denoiser, noise, cond, times, generator)
-        return ode_sample(denoiser, noise, cond, denoiser.schedule.spaced_times(num_steps))
+        return super().sample_from(denoiser, noise, cond, num_steps, generator)
 
     def to_log(self, means: dict[str, Tensor]) -> dict[str, Tensor]:
         """All but the penalty's rare term, which goes to the loggers at the updates that have it.

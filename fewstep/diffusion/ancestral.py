@@ -1,4 +1,4 @@
-"""The reverse process itself: its exact kernel, learned variances and the sampler of DDPM.
+"""The reverse process itself: its exact kernel, learned variances and their bound.
 
 Between ``s < t`` a Gaussian process has the kernel ``q(x_s | x_t, x_0)``, a Gaussian, for any
 schedule (Ho et al. 2020, eq. 6 and 7, is ``s = t - 1``). Its variance is the least that a reverse
@@ -9,18 +9,16 @@ says for each value where between the two, on a log scale, it lies (Nichol & Dha
 from __future__ import annotations
 
 import math
-from itertools import pairwise
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from fewstep.diffusion.denoiser import Cond, DenoiserLike
+from fewstep.diffusion.denoiser import Cond
 from fewstep.diffusion.prediction import Prediction
 from fewstep.diffusion.schedules import Schedule, VPSchedule
 from fewstep.diffusion.tables import expand_to, work_dtype
 from fewstep.errors import FewstepError
-from fewstep.seeding import Generators, normal_like
 
 LEVELS = 255
 """Steps between the least and the greatest of 8-bit values, which lie in [-1, 1]."""
@@ -139,34 +137,3 @@ def ancestral_times(schedule: Schedule, num_steps: int) -> Tensor:
         )
     visited = torch.linspace(schedule.t_max, 0, num_steps, dtype=torch.float64).round()
     return torch.cat([visited, torch.tensor([schedule.t_clean], dtype=torch.float64)])
-
-
-@torch.no_grad()
-def ancestral_sample(
-    denoiser: DenoiserLike,
-    noise: Tensor,
-    cond: Cond | None,
-    times: Tensor,
-    generator: Generators = None,
-) -> Tensor:
-    """Draws each step from the reverse process down ``times (K + 1,)`` (Ho et al. 2020).
-
-    With learned variances where the denoiser tells them, else with the greatest, the forward
-    step's, as DDPM (and ADM's ``fixed large``). The last step, to clean data, adds no noise.
-    """
-    schedule, x = denoiser.schedule, noise
-    steps = times.to(noise.device).unsqueeze(1).expand(-1, noise.shape[0])
-    for index, (t, s) in enumerate(pairwise(steps)):
-        told: Tensor | None = None
-        if isinstance(denoiser, TellsVariance):
-            prediction, told = denoiser.with_variance(x, t, cond)
-        else:
-            prediction = denoiser(x, t, cond)
-        mean = posterior_mean(schedule, prediction.x0, x, t, s)
-        if index == len(times) - 2:
-            return mean
-        least, greatest = log_variances(schedule, t, s)
-        if told is None:
-            told = torch.ones_like(mean)
-        x = mean + (between(told, least, greatest) / 2).exp() * normal_like(mean, generator)
-    return x

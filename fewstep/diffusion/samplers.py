@@ -13,6 +13,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from fewstep.diffusion.ancestral import TellsVariance, between, log_variances, posterior_mean
 from fewstep.diffusion.denoiser import Cond, DenoiserLike
 from fewstep.diffusion.prediction import Prediction
 from fewstep.seeding import Generators, normal_like
@@ -109,3 +110,33 @@ def one_step_sample(denoiser: DenoiserLike, noise: Tensor, cond: Cond | None = N
     """A single jump from pure noise to the trajectory's end."""
     schedule = denoiser.schedule
     return ode_sample(denoiser, noise, cond, torch.tensor([schedule.t_max, schedule.t_min]))
+
+
+@torch.no_grad()
+def ancestral_sample(
+    denoiser: DenoiserLike,
+    noise: Tensor,
+    cond: Cond | None,
+    times: Tensor,
+    generator: Generators = None,
+) -> Tensor:
+    """Draws each step from the reverse process down ``times (K + 1,)`` (Ho et al. 2020).
+
+    With learned variances where the denoiser tells them, else with the greatest, the forward
+    step's, as DDPM (and ADM's ``fixed large``). The last step, to clean data, adds no noise.
+    """
+    schedule, x = denoiser.schedule, noise
+    for index, (t, s) in enumerate(pairwise(_batch_times(times, noise))):
+        told: Tensor | None = None
+        if isinstance(denoiser, TellsVariance):
+            prediction, told = denoiser.with_variance(x, t, cond)
+        else:
+            prediction = denoiser(x, t, cond)
+        mean = posterior_mean(schedule, prediction.x0, x, t, s)
+        if index == len(times) - 2:
+            return mean
+        least, greatest = log_variances(schedule, t, s)
+        if told is None:
+            told = torch.ones_like(mean)
+        x = mean + (between(told, least, greatest) / 2).exp() * normal_like(mean, generator)
+    return x

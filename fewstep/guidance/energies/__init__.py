@@ -6,7 +6,7 @@ from fewstep.guidance.energies.closed_forms import LinearMeasurement, MixtureLik
 from fewstep.guidance.energies.decoded import Decoded, Decoder
 from fewstep.guidance.energies.distances import EmbeddingDistance, MapDistance
 from fewstep.guidance.energies.labels import ClassLabel, Reward
-from fewstep.guidance.energies.motion import FinalPosition, InkCentres, ObstacleAvoidance
+from fewstep.guidance.energies.motion import FinalPosition, InkCentres, ObstacleAvoidance, Positions
 from fewstep.guidance.energies.pictures import (
     PictureNetwork,
     PretrainedClassifier,
@@ -31,6 +31,7 @@ __all__ = [
     "MixtureLikelihood",
     "ObstacleAvoidance",
     "PictureNetwork",
+    "Positions",
     "PretrainedClassifier",
     "Reward",
     "Sum",
