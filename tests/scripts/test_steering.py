@@ -204,7 +204,7 @@ def test_digits_are_planned_measured_and_steered_as_their_experiments_say(
     assert cost["seconds"] > 0
     assert found["guide_accuracy"]["value"] > 0.3  # 0.1 is chance
     with (folder / "guidance.csv").open() as file:
-        assert {row["samples"] for row in csv.DictReader(file)} == {"1024"}
+        assert {row["samples"] for row in csv.DictReader(file)} == {"512"}
     option = ["--steps", "2", "--steering", "guidance/digits/few_polyak"]
     command("evaluate", "guidance/digits/few_unguided", *start, *option)
     steered = "guidance/digits/few_unguided+few_polyak/version_0"
