@@ -6,6 +6,7 @@ an experiment YAML uses; it survives ``torch.load(weights_only=True)``.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
@@ -60,14 +61,27 @@ def with_defaults(value: Any) -> Any:
         return value
     found = {name: with_defaults(one) for name, one in value.items()}
     if isinstance(value.get("class_path"), str) and isinstance(value.get("init_args"), dict):
-        module_name, _, name = value["class_path"].rpartition(".")
-        try:
-            known = inspect.signature(getattr(importlib.import_module(module_name), name))
-        except (ImportError, AttributeError, ValueError, TypeError):
-            return found
-        stated = {n: p.default for n, p in known.parameters.items() if p.default is not p.empty}
-        found["init_args"] = {**stated, **found["init_args"]}
+        found["init_args"] = {**defaults_of(value["class_path"]), **found["init_args"]}
     return found
+
+
+def defaults_of(class_path: str) -> dict[str, Any]:
+    """The defaults of a class's arguments, those that it hands on to its bases included.
+
+    Empty for what cannot be found.
+    """
+    module_name, _, name = class_path.rpartition(".")
+    try:
+        found = getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError):
+        return {}
+    stated: dict[str, Any] = {}
+    # The nearest one counts; bases are asked for what is handed on by **options.
+    for known in reversed(inspect.getmro(found)[:-1] if isinstance(found, type) else [found]):
+        with contextlib.suppress(ValueError, TypeError):
+            parameters = inspect.signature(known).parameters.values()
+            stated |= {p.name: p.default for p in parameters if p.default is not p.empty}
+    return stated
 
 
 def build(spec: Spec, expected: type[T]) -> T:

@@ -8,7 +8,8 @@ from pathlib import Path
 DESCRIPTION = """\
 Write a trained student as a plain diffusers pipeline: its network, a scheduler that visits exactly
 the times it was trained for, the base pipeline's other parts, and a model card with the call that
-samples as fewstep does. Nothing of fewstep is needed to use it.
+samples as fewstep does. Nothing of fewstep is needed to use it, unless the student has gates that
+are no change of a weight: those lie beside its network, and the card says how they are read.
 """
 
 EPILOG = """\

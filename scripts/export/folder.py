@@ -18,7 +18,8 @@ from fewstep.networks import DiT
 from fewstep.networks.families import DiffusersBackbone, Family
 from fewstep.networks.families.base import plain_config
 from fewstep.networks.folders import family_of, part_of, read_json
-from fewstep.networks.gates import is_gated, merge_gates
+from fewstep.networks.gates import can_merge, is_gated, merge_gates, save_gates
+from fewstep.networks.gates.apply import remove_gates
 from fewstep.networks.parts import WHOLE
 from scripts.export.calls import FILE_NAME
 
@@ -102,15 +103,23 @@ def check_base(base: Path, denoiser: Denoiser) -> Family:
     return family
 
 
-def write_network(network: Any, folder: Path, half: bool) -> None:
+def write_network(network: Any, folder: Path, half: bool) -> bool:
     """Writes a network's configuration and weights as safetensors, in float32 or float16.
 
-    Residual gates are merged into the weights.
+    Residual gates are merged into the weights. Those that are no change of a weight go into files
+    of their own beside them, which diffusers does not read.
+
+    Returns:
+        Whether there are such files.
 
     Raises:
-        FewstepError: if weights do not fit float16, or gates cannot be merged.
+        FewstepError: if weights do not fit float16.
     """
-    if is_gated(network):
+    beside = is_gated(network) and not can_merge(network)
+    if beside:
+        save_gates(network, folder)
+        remove_gates(network)
+    elif is_gated(network):
         merge_gates(network)
     network = network.to(torch.float16 if half else torch.float32)
     for name, weight in network.named_parameters() if half else []:
@@ -119,14 +128,18 @@ def write_network(network: Any, folder: Path, half: bool) -> None:
                 f"The weights '{name}' leave float16's range; export without --half."
             )
     network.save_pretrained(folder, safe_serialization=True)
+    return beside
 
 
 def write_pipeline(
     folder: Path, base: Path, family: Family, denoiser: Denoiser, scheduler: Any, half: bool
-) -> None:
+) -> bool:
     """Writes a pipeline: the student's network and scheduler, and the base's other parts.
 
     Those are hard links where the file system allows it, otherwise copies.
+
+    Returns:
+        Whether gates lie beside the network, see :func:`write_network`.
 
     Raises:
         FewstepError: if the base lacks a part.
@@ -144,7 +157,7 @@ def write_pipeline(
     index["scheduler"] = ["diffusers", type(scheduler).__name__]
     (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     scheduler.save_pretrained(folder / "scheduler")
-    write_network(network, folder / family.part, half)
+    return write_network(network, folder / family.part, half)
 
 
 def _link(source: str, target: str) -> None:

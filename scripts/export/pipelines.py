@@ -19,7 +19,7 @@ from lightning_modules.roles import is_pipeline
 from scripts.export.calls import Call
 from scripts.export.folder import check_base, write_pipeline
 from scripts.export.matching import FrontEnd
-from scripts.export.snippets import pipeline_snippet
+from scripts.export.snippets import GATES, pipeline_snippet
 from scripts.export.students import Exported, Request, Student, record_export
 
 
@@ -41,7 +41,7 @@ def export_pipeline(request: Request, student: Student, folder: Path) -> Exporte
         way = match.steering[chain.num_steps]
         arguments = {"num_inference_steps": chain.num_steps, **shared, **way.arguments}
         calls.append(Call(chain.num_steps, arguments, way.visit, chain.times.tolist()))
-    name, adapted = request.folder.name, ""
+    name, adapted, beside = request.folder.name, "", False
     if isinstance(denoiser, LoRADenoiser):
         _check_adapter_fits(base, family, denoiser)
         name, adapted = str(request.pipeline or base), request.folder.name
@@ -49,10 +49,13 @@ def export_pipeline(request: Request, student: Student, folder: Path) -> Exporte
         match.scheduler.save_pretrained(folder / "scheduler")
     else:
         _check_scheduler_stays(family, match.scheduler)
-        write_pipeline(folder, base, family, denoiser, match.scheduler, request.half)
+        beside = write_pipeline(folder, base, family, denoiser, match.scheduler, request.half)
     videos, scheduler = len(denoiser.sample_shape) == 4, type(match.scheduler).__name__
-    snippets = [pipeline_snippet(name, call, takes, videos, adapted, scheduler) for call in calls]
-    notes = _notes(student, base, family)
+    gated = family.part if beside else ""
+    snippets = [
+        pipeline_snippet(name, call, takes, videos, adapted, scheduler, gated) for call in calls
+    ]
+    notes = [*([GATES] if beside else []), *_notes(student, base, family)]
     return record_export(request, student, folder, match, calls, snippets, notes)
 
 

@@ -16,8 +16,22 @@ VISIT = (
 )
 
 
+IMPORT_GATES = "from fewstep.networks.gates import load_gates"
+GATES = (
+    "This network has gates that are no change of its weights. They lie beside it, and diffusers "
+    "does not read them: without load_gates it is another network."
+)
+"""Of exports whose gates cannot be merged."""
+
+
 def pipeline_snippet(
-    folder: str, call: Call, takes: set[str], videos: bool, adapter: str = "", scheduler: str = ""
+    folder: str,
+    call: Call,
+    takes: set[str],
+    videos: bool,
+    adapter: str = "",
+    scheduler: str = "",
+    gated: str = "",
 ) -> str:
     """A call of an exported pipeline.
 
@@ -27,6 +41,7 @@ def pipeline_snippet(
         videos: whether it makes videos.
         adapter: folder of a LoRA adapter and its scheduler, if that is what was exported.
         scheduler: the scheduler's class.
+        gated: the part with gates beside it, such as ``unet``; empty if there is none.
     """
     also = f", {scheduler}" if adapter else ""
     put_on = [
@@ -44,9 +59,11 @@ def pipeline_snippet(
     lines = [
         "import torch",
         f"from diffusers import DiffusionPipeline{also}",
+        *([IMPORT_GATES] if gated else []),
         "",
         f"pipe = DiffusionPipeline.from_pretrained({_literal(folder)})",
         *(put_on if adapter else []),
+        *([f"load_gates(pipe.{gated}, {_literal(f'{folder}/{gated}')})"] if gated else []),
         *visit,
         "torch.manual_seed(0)",
         "made = pipe(",
@@ -64,6 +81,7 @@ def transformer_snippet(
     shape: tuple[int, ...],
     num_classes: int,
     learned_variance: bool = False,
+    gated: bool = False,
 ) -> str:
     """Sampling, by hand, a class-conditional transformer that is no pipeline's.
 
@@ -72,6 +90,7 @@ def transformer_snippet(
         shape: of a sample, ``(C, H, W)``.
         num_classes: number of classes; the label after the last means "no class".
         learned_variance: whether the output tells variances too, which are left out.
+        gated: whether it has gates beside it.
     """
     name = type(scheduler).__name__
     arguments = dict(call.arguments)
@@ -97,8 +116,10 @@ def transformer_snippet(
     lines = [
         "import torch",
         f"from diffusers import DiTTransformer2DModel, {name}",
+        *([IMPORT_GATES] if gated else []),
         "",
         f'network = DiTTransformer2DModel.{load}"transformer")',
+        *([f"load_gates(network, {_literal(f'{folder}/transformer')})"] if gated else []),
         f'scheduler = {name}.{load}"scheduler")',
         f"scheduler.set_timesteps({times or call.num_steps})",
         f"labels = torch.arange({num_classes})",

@@ -8,7 +8,7 @@ from fewstep.errors import FewstepError
 from scripts.export.calls import Call
 from scripts.export.folder import plain_network, write_network
 from scripts.export.matching import FrontEnd
-from scripts.export.snippets import transformer_snippet
+from scripts.export.snippets import GATES, transformer_snippet
 from scripts.export.students import Exported, Request, Student, record_export
 
 
@@ -32,11 +32,13 @@ def export_transformer(request: Request, student: Student, folder: Path) -> Expo
             **match.steering[chain.num_steps].arguments,
         }
         calls.append(Call(chain.num_steps, arguments, times=chain.times.tolist()))
-    write_network(plain_network(denoiser), folder / "transformer", request.half)
+    beside = write_network(plain_network(denoiser), folder / "transformer", request.half)
     match.scheduler.save_pretrained(folder / "scheduler")
     name, classes = request.folder.name, denoiser.backbone.config["num_classes"]
     shape, told = denoiser.sample_shape, denoiser.backbone.learned_variance
     snippets = [
-        transformer_snippet(name, call, match.scheduler, shape, classes, told) for call in calls
+        transformer_snippet(name, call, match.scheduler, shape, classes, told, beside)
+        for call in calls
     ]
-    return record_export(request, student, folder, match, calls, snippets, [])
+    notes = [GATES] if beside else []
+    return record_export(request, student, folder, match, calls, snippets, notes)

@@ -17,6 +17,7 @@ from callbacks.preemption import EXIT_STATUS
 from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from fewstep.networks.loading import newest_checkpoint
+from fewstep.spec import defaults_of
 from scripts.report.data import CONFIG_FILE, flatten
 
 LOCAL = "local"
@@ -79,7 +80,8 @@ class Asked:
         for key in sorted(was.keys() | now.keys()):
             elsewhere = key.startswith(PLACE) or (key in MACHINE and key not in self.chosen)
             pair = was.get(key), now.get(key)
-            if not elsewhere and pair[0] != pair[1] and not self._same_parent(key, pair[0]):
+            same = pair[0] == pair[1] or self._same_parent(key, pair[0])
+            if not elsewhere and not same and not (key not in was and _is_default(key, now)):
                 found[key] = pair
         return found
 
@@ -89,6 +91,13 @@ class Asked:
         if parent is None or not isinstance(value, str):
             return False
         return Path(value).parts[-len(parent.parts) :] == parent.parts
+
+
+def _is_default(key: str, config: Mapping[str, Any]) -> bool:
+    """Whether an option is at its class's default: as before the class had it."""
+    owner, _, name = key.rpartition(".init_args.")
+    options = defaults_of(str(config.get(f"{owner}.class_path")))
+    return name in options and options[name] == config[key]
 
 
 def recorded_config(run: Path) -> dict[str, Any] | None:

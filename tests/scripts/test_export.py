@@ -18,8 +18,10 @@ from fewstep.diffusion import Denoiser, FlowSchedule, Schedule, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks import DiT
 from fewstep.networks.folders import weights_hash
+from fewstep.networks.gates import ResidualGates, is_gated, load_gates
 from fewstep.networks.loading import read_checkpoint
 from fewstep.networks.lora import LoRA
+from fewstep.networks.parts import load_part
 from fewstep.networks.pipelines import load_denoiser_of
 from lightning_modules import (
     ConsistencyDistillation,
@@ -199,6 +201,59 @@ for name in ("merged", "adapter"):
     assert (ours - unadapted).abs().max() > 1e-2
     for name in ("merged", "adapter"):
         assert (torch.load(tmp_path / f"{name}.made") - ours).abs().max() < 1e-4
+
+
+# ---------------------------------------------------------------------- gates
+
+AROUND_BLOCKS = ResidualGates(mode="alpha_rho", level="block")
+
+
+def test_gates_that_are_no_change_of_a_weight_lie_beside_the_network(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, gates in (("beside", AROUND_BLOCKS), ("merged", ResidualGates())):
+        (tmp_path / name).mkdir()
+        path = tmp_path / name / "student.ckpt"
+        student = sd_student(base, path, num_phases=2, gates=gates)
+        export(path, "--dest", tmp_path / name / "out")
+        beside = name == "beside"
+        assert ("without load_gates it is another network" in capsys.readouterr().out) == beside
+        card = (tmp_path / name / "out" / "README.md").read_text()
+        assert ('load_gates(pipe.unet, "out/unet")' in card) == beside
+        unet = load_part(tmp_path / name / "out", "unet")
+        x, t = torch.randn(2, 4, 8, 8), torch.tensor([999, 250])
+        cond = {"encoder_hidden_states": torch.randn(2, 5, unet.config.cross_attention_dim)}
+        assert student.ema is not None
+        expected = student.ema.backbone.network(x, t, **cond, return_dict=False)[0]
+        if beside:
+            without = unet(x, t, **cond, return_dict=False)[0]
+            assert (without - expected).norm() / expected.norm() > 1e-3
+            load_gates(unet, tmp_path / name / "out" / "unet")
+        torch.testing.assert_close(
+            unet(x, t, **cond, return_dict=False)[0], expected, rtol=1e-4, atol=1e-5
+        )
+        with_fewstep = load_denoiser_of(tmp_path / name / "out", (16, 16)).denoiser
+        assert is_gated(with_fewstep) == beside
+
+
+def test_the_cards_lines_for_such_gates_draw_what_the_student_draws(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    student = save_student(
+        ConsistencyDistillation(
+            teacher=partial(digit_teacher, VPSchedule(), False), gates=AROUND_BLOCKS
+        ),
+        tmp_path / "student.ckpt",
+    )
+    export(tmp_path / "student.ckpt", "--dest", tmp_path / "out", "--steps", "2")
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(10, 1, 8, 8, generator=generator)
+    labels = {"class_labels": torch.arange(10)}
+    ours = student.decode(student.sample(noise, labels, 2, generator))
+    card = (tmp_path / "out" / "README.md").read_text()
+    code = re.findall("```python\n(.*?)```", card, re.DOTALL)[0]
+    found: dict[str, Any] = {}
+    exec(code.replace('"out', f'"{tmp_path}/out'), found)
+    torch.testing.assert_close(found["images"], ours, rtol=0, atol=1e-4)
 
 
 # ---------------------------------------------------------------------- digits

@@ -308,6 +308,20 @@ def test_a_run_that_left_with_an_error_has_failed_and_is_tried_again() -> None:
 
 
 @pytest.mark.usefixtures("two")
+def test_a_run_from_before_there_was_an_option_is_the_run_with_its_default() -> None:
+    for cell in plan().cells:
+        finish(cell)
+    path = plan().cells[0].folder / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    for option in ("sampler", "clip_from"):  # the method's own, and one of a class it derives from
+        del config["model"]["init_args"][option]
+    path.write_text(yaml.safe_dump(config))
+    assert states(plan())["teacher, seed 0"] == "done"
+    write_suite(experiments=[{**TEACHER, "set": {"model.init_args.clip_from": 7}}, STUDENT])
+    assert states(plan())["teacher, seed 0"] == "changed"
+
+
+@pytest.mark.usefixtures("two")
 def test_a_changed_configuration_is_refused_until_it_is_run_afresh_with_what_hangs_on_it() -> None:
     for cell in plan().cells:
         finish(cell)

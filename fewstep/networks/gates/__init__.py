@@ -9,7 +9,7 @@ from fewstep.networks.gates.files import (
     save_gates,
 )
 from fewstep.networks.gates.gated import gate_parameters, gate_spec, gates_of, is_gated
-from fewstep.networks.gates.merge import merge_gates
+from fewstep.networks.gates.merge import can_merge, merge_gates
 from fewstep.networks.gates.spec import ResidualGates
 from fewstep.networks.gates.surgery import grow, prune
 from fewstep.networks.gates.table import GateTable
@@ -20,6 +20,7 @@ __all__ = [
     "GateValue",
     "ResidualGates",
     "apply_gates",
+    "can_merge",
     "gate_parameters",
     "gate_spec",
     "gate_tensors",

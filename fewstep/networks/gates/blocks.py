@@ -86,6 +86,10 @@ RESNET = Kind((Branch("conv2"),), (Stream("input_tensor", "conv2"),))
 KINDS: dict[str, Kind] = {
     # Of U-Nets, motion modules, DiT, PixArt and Latte.
     "BasicTransformerBlock": _crossed("ff.net.2"),
+    # Of Stable Video Diffusion, with a feed-forward network in front as well.
+    "TemporalBasicTransformerBlock": Kind(
+        (Branch("ff_in.net.2"), *_crossed("ff.net.2").branches), _crossed("ff.net.2").streams
+    ),
     "LTXVideoTransformerBlock": _crossed("ff.net.2"),
     "WanTransformerBlock": _crossed("ffn.net.2"),
     "JointTransformerBlock": JOINT,
@@ -100,7 +104,14 @@ KINDS: dict[str, Kind] = {
     ),
     "ResnetBlock2D": RESNET,
     "ResnetBlockCondNorm2D": RESNET,
+    "TemporalResnetBlock": RESNET,
     "TemporalConvLayer": Kind((Branch("conv4.3"),), (Stream("hidden_states", "conv4.3"),)),
+    # Of aMUSEd's U-ViT. The latter scales and shifts the sum, so that it keeps no stream.
+    "SkipFFTransformerBlock": Kind(
+        (Branch("attn1.to_out.0"), Branch("attn2.to_out.0")),
+        (Stream("hidden_states", "attn2.to_out.0"),),
+    ),
+    "ConvNextBlock": Kind((Branch("channelwise_linear_2"),), ()),
     # Only where it adds its input itself, as in U-Nets without text, whose maps it takes.
     "Attention": Kind((Branch("to_out.0"),), (Stream("hidden_states", "to_out.0", channel_dim=1),)),
 }
@@ -126,9 +137,12 @@ def kind_of(module: nn.Module) -> Kind | None:
 def keeps_its_stream(module: Any) -> bool:
     """Whether a block's output is its input and what it adds, so that its update can be gated.
 
-    Not so where a resnet block changes the size or the channels, or divides the sum.
+    Not so where a resnet block changes the size or the channels, or divides the sum, or a block in
+    time changes the channels.
     """
-    if getattr(module, "up", False) is True or getattr(module, "down", False) is True:
+    if getattr(module, "is_res", True) is False or getattr(module, "up", False) is True:
+        return False
+    if getattr(module, "down", False) is True:
         return False
     divides = getattr(module, "output_scale_factor", getattr(module, "rescale_output_factor", 1))
     return getattr(module, "conv_shortcut", None) is None and divides == 1

@@ -16,16 +16,16 @@ from fewstep.networks.gates.blocks import Stream
 from fewstep.networks.gates.spec import ResidualGates
 from fewstep.networks.gates.time import NUM_FEATURES, needed_features
 
-HALVES = (torch.float16, torch.bfloat16)
-
 
 class KeptInFloat32(nn.Module):
-    """A module whose parameters stay float32 when it is moved to half precision."""
+    """A module whose parameters stay float32 when it is moved to fewer bits."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         def kept(tensor: Tensor) -> Tensor:
             moved = fn(tensor)
-            return tensor.to(moved.device) if moved.dtype in HALVES else moved
+            # Half precision, and the 8 bits in which diffusers' layerwise casting keeps layers.
+            narrower = moved.is_floating_point() and moved.itemsize < 4
+            return tensor.to(moved.device) if narrower else moved
 
         return super()._apply(kept, recurse)
 

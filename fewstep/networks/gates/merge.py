@@ -46,20 +46,37 @@ def merge_gates(model: nn.Module) -> list[str]:
     return list(gates)
 
 
+def can_merge(model: nn.Module) -> bool:
+    """Whether all of a network's gates are a change of its weights.
+
+    Raises:
+        FewstepError: if it has none.
+    """
+    gate_spec(model)
+    network = network_of(model)
+    return not _reasons(network, dict(gates_of(network)))
+
+
 def _check(network: nn.Module, gates: dict[str, AnyGate]) -> None:
     if any(isinstance(parameter, DTensor) for parameter in network.parameters()):
         raise FewstepError("Gates of a sharded network cannot be merged; merge a whole copy.")
-    reasons: dict[str, list[str]] = {}
-    for name, gate in gates.items():
-        reason = _obstacle(network.get_submodule(_layer_of(name)), gate)
-        if reason is not None:
-            reasons.setdefault(reason, []).append(name)
+    reasons = _reasons(network, gates)
     if reasons:
         told = "; ".join(f"{_some(names)} {reason}" for reason, names in reasons.items())
         raise FewstepError(
             f"These gates cannot be merged into weights: {told}. Keep them beside the network "
             "with save_gates, which load_gates puts back."
         )
+
+
+def _reasons(network: nn.Module, gates: dict[str, AnyGate]) -> dict[str, list[str]]:
+    """Why gates cannot be merged, and the names of those of which it is true."""
+    reasons: dict[str, list[str]] = {}
+    for name, gate in gates.items():
+        reason = _obstacle(network.get_submodule(_layer_of(name)), gate)
+        if reason is not None:
+            reasons.setdefault(reason, []).append(name)
+    return reasons
 
 
 def _obstacle(layer: nn.Module, gate: AnyGate) -> str | None:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.networks.gates.blocks import argument_of, position_of
-from fewstep.networks.gates.gate import HALVES
 from fewstep.networks.gates.sites import LAYERS, Site, block_sites
 
+HALVES = (torch.float16, torch.bfloat16)
 STREAMS = "rdm_streams"  # the attribute in which a block keeps where its streams are
 IN_FLOAT32 = "in_float32"  # of maps of a stream, whether they compute so
 # These take what they are given in their weights' precision; norms add up in float32 inside.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -78,19 +79,22 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> list[Site]:
     """The units to gate, in the network's order.
 
     Raises:
-        FewstepError: if there are none, a pattern is in no name, or a gate would never be called.
+        FewstepError: if there are none, some blocks are not known, a pattern is in no name, or a
+            gate would never be called.
     """
     known = list(branch_sites(network) if spec.level == "branch" else block_sites(network))
     chosen = known
     if spec.include is not None:
         chosen = _included(network, spec, known)
+    elif known:
+        _check_known(network)
     for pattern in spec.exclude or ():
-        if not any(re.search(pattern, site.name) for site in chosen):
+        if not any(_names(pattern, site) for site in chosen):
             raise FewstepError(
                 f"gates.exclude: '{pattern}' is in the name of no unit that would be gated. "
                 f"{_some(chosen)}"
             )
-    left = [s for s in chosen if not any(re.search(p, s.name) for p in spec.exclude or ())]
+    left = [s for s in chosen if not any(_names(p, s) for p in spec.exclude or ())]
     if not left:
         raise FewstepError(
             f"No residual unit of {type(network).__name__} is left to gate at the level "
@@ -100,6 +104,32 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> list[Site]:
     if spec.level == "branch":
         _check_called(network, left)
     return left
+
+
+def _names(pattern: str, site: Site) -> bool:
+    """Whether a pattern is in a unit's name, or is its block's class."""
+    return bool(re.search(pattern, site.name) or re.fullmatch(pattern, site.kind))
+
+
+def _check_known(network: nn.Module) -> None:
+    """Refuses networks of which some blocks would get gates and others, unknown, would not."""
+    known = [name for name, module in network.named_modules() if kind_of(module) is not None]
+    unknown = Counter(
+        type(module).__name__
+        for name, module in network.named_modules()
+        if "Block" in type(module).__name__
+        and any(isinstance(layer, LAYERS) for layer in module.modules())
+        # Neither in a block that is known nor around one, as a U-Net's large ones are.
+        and not any(f"{name}.".startswith(f"{k}.") or f"{k}.".startswith(f"{name}.") for k in known)
+    )
+    if unknown:
+        told = ", ".join(f"{count} {kind}" for kind, count in unknown.items())
+        raise FewstepError(
+            f"{type(network).__name__} has blocks whose residual branches are not known ({told}); "
+            "they would have no gates beside others that do. Name the last layers of their "
+            "branches by gates.include, beside '.', which stands for all that are known; or '.' "
+            "alone, to gate only those."
+        )
 
 
 def _check_called(network: nn.Module, sites: list[Site]) -> None:
@@ -166,7 +196,7 @@ def _included(network: nn.Module, spec: ResidualGates, known: list[Site]) -> lis
     """The units in whose names one of the patterns is, in the network's order."""
     wanted: list[Site] = []
     for pattern in spec.include or ():
-        found = [site for site in known if re.search(pattern, site.name)]
+        found = [site for site in known if _names(pattern, site)]
         found = found or _elsewhere(network, spec, pattern, known)
         wanted += [site for site in found if site not in wanted]
     order = {name: i for i, (name, _) in enumerate(network.named_modules())}

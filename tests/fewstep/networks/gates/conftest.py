@@ -19,6 +19,8 @@ from diffusers import (
     UNet2DModel,
     UNet3DConditionModel,
     UNetMotionModel,
+    UNetSpatioTemporalConditionModel,
+    UVit2DModel,
     WanTransformer3DModel,
 )
 from diffusers.models.unets.unet_motion_model import MotionAdapter
@@ -199,6 +201,47 @@ def _animatediff() -> Tiny:
     return Tiny(network, _image(sample=randn(2, 4, 3, 8, 8), **text))
 
 
+def _svd() -> Tiny:
+    network = UNetSpatioTemporalConditionModel(
+        sample_size=8,
+        in_channels=8,
+        layers_per_block=1,
+        block_out_channels=(32, 64),
+        num_attention_heads=(2, 2),
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"),
+        cross_attention_dim=16,
+        addition_time_embed_dim=4,
+        projection_class_embeddings_input_dim=12,
+    )
+    given = {"encoder_hidden_states": randn(2, 1, 16), "added_time_ids": randn(2, 3)}
+    return Tiny(network, _image(sample=randn(2, 3, 8, 8, 8), **given))
+
+
+def _amused() -> Tiny:
+    network = UVit2DModel(
+        hidden_size=16,
+        cond_embed_dim=16,
+        micro_cond_encode_dim=4,
+        micro_cond_embed_dim=24,
+        encoder_hidden_size=16,
+        vocab_size=12,
+        codebook_size=8,
+        in_channels=16,
+        block_out_channels=16,
+        num_res_blocks=1,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        block_num_heads=2,
+        intermediate_size=32,
+        sample_size=4,
+        use_bias=True,
+    )
+    tokens = torch.randint(8, (2, 4, 4))
+    text = {"encoder_hidden_states": randn(2, 5, 16), "pooled_text_emb": randn(2, 16)}
+    return Tiny(network, {"input_ids": tokens, "micro_conds": randn(2, 6), **text})
+
+
 def _video_dit() -> Tiny:
     network = VideoDiT(8, 2, 3, num_layers=2, num_heads=2, head_dim=12)
     labels = torch.tensor([3, 7])
@@ -229,6 +272,8 @@ MAKERS: dict[str, Callable[[], Tiny]] = {
     "unet2d": _unet2d,
     "modelscope": _modelscope,
     "animatediff": _animatediff,
+    "svd": _svd,
+    "amused": _amused,
     "video_dit": _video_dit,
     "uvit": _uvit,
     "own_latte": _own_latte,

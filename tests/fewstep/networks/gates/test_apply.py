@@ -25,7 +25,7 @@ from fewstep.networks.gates import (
 from lightning_modules.preparation import checkpoint_activations, compile_blocks, keep_in
 
 Tinies = Callable[[str], Any]
-U_SHAPED = ("unet", "unet2d", "modelscope", "animatediff", "uvit")
+U_SHAPED = ("unet", "unet2d", "modelscope", "animatediff", "svd", "uvit")
 UNITS = {  # at the branch and at the block level
     "dit": (4, 2),
     "pixart": (6, 2),
@@ -38,11 +38,13 @@ UNITS = {  # at the branch and at the block level
     "unet2d": (12, 7),  # 4 attentions, 8 resnets
     "modelscope": (43, 20),  # and 5 transformers and 8 convolutions in time
     "animatediff": (41, 14),  # and 7 motion modules
+    "svd": (44, 19),  # 5 transformers of 3 and 4 branches, 8 resnets in space and in time
+    "amused": (12, 4),  # 2 resnets and 4 transformers, of which 2 have no feed-forward network
     "video_dit": (4, 2),
     "uvit": (6, 3),  # and a long skip
     "own_latte": (4, 2),  # a block in space, one in time
 }
-LARGE = ("unet", "modelscope", "animatediff")
+LARGE = ("unet", "modelscope", "animatediff", "svd")
 SIZED = [pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name for name in UNITS]
 
 
@@ -123,7 +125,7 @@ def same_gradients(gated: nn.Module, plain: nn.Module) -> None:
 RECOMPUTED = [
     pytest.param(name, marks=pytest.mark.slow) if name in LARGE else name
     for name in UNITS
-    if name != "modelscope"  # whose class cannot
+    if name not in ("modelscope", "amused")  # whose classes cannot
 ]
 
 
@@ -163,11 +165,24 @@ def test_gates_stay_float32_in_half_precision(level: str, tiny: Tinies) -> None:
     assert {parameter.dtype for parameter in doubled} == {torch.float64}
 
 
+def test_gates_stay_float32_where_layers_are_kept_in_eight_bits(tiny: Tinies) -> None:
+    it = tiny("dit")
+    plain = copy.deepcopy(it.network)
+    apply_gates(it.network, ResidualGates())
+    for network in (plain, it.network):
+        network.to(torch.bfloat16)
+        network.enable_layerwise_casting(torch.float8_e4m3fn, torch.bfloat16)
+    assert {p.dtype for p in gate_parameters(it.network)} == {torch.float32}
+    assert {p.dtype for p in plain.transformer_blocks.parameters()} >= {torch.float8_e4m3fn}
+    assert torch.equal(it(), it(plain))
+
+
 @pytest.mark.parametrize("level", ["branch", "block"])
 def test_every_gate_gets_gradient(family: str, level: str, tiny: Tinies) -> None:
     it = tiny(family)
     it.network.requires_grad_(False)
-    apply_gates(it.network, gates(family, level, time_conditioned=True))
+    timed = family != "amused"  # which predicts tokens and is told no time
+    apply_gates(it.network, gates(family, level, time_conditioned=timed))
     it().square().mean().backward()
     for name, gate in gates_of(it.network):
         for parameter in gate.parameters():
@@ -298,6 +313,41 @@ def test_patterns_choose_among_the_units(tiny: Tinies) -> None:
         "transformer_blocks.1.attn1.to_out.0.rdm_gate",
         "transformer_blocks.1.ff.net.2.rdm_gate",
     ]
+
+
+def test_a_pattern_may_be_the_class_of_blocks(tiny: Tinies) -> None:
+    kinds = {row.kind for row in apply_gates(tiny("unet").network, ResidualGates()).rows}
+    assert kinds == {"ResnetBlock2D", "BasicTransformerBlock"}
+    spec = ResidualGates(include=["ResnetBlock2D"])
+    assert {r.kind for r in apply_gates(tiny("unet").network, spec).rows} == {"ResnetBlock2D"}
+    spec = ResidualGates(exclude=["ResnetBlock2D", "attn"])
+    names = [row.name for row in apply_gates(tiny("unet").network, spec).rows]
+    assert len(names) == 4
+    assert all(".ff." in name for name in names)
+
+
+class WiderBlock(nn.Module):
+    """A block that says nothing of itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+
+
+def test_blocks_that_are_not_known_are_not_passed_over_in_silence(tiny: Tinies) -> None:
+    network = tiny("dit").network
+    network.extra = nn.ModuleList([WiderBlock(), WiderBlock()])
+    with pytest.raises(FewstepError, match=r"not known \(2 WiderBlock\).* '\.' alone"):
+        apply_gates(network, ResidualGates())
+    assert not is_gated(network)
+    table = apply_gates(network, ResidualGates(include=[".", r"extra\.\d\.down"]))
+    assert [row.name for row in table.rows][-2:] == [
+        "extra.0.down.rdm_gate",
+        "extra.1.down.rdm_gate",
+    ]
+    network = tiny("dit").network
+    network.extra = WiderBlock()
+    assert len(apply_gates(network, ResidualGates(include=["."])).rows) == UNITS["dit"][0]
 
 
 def test_a_pattern_may_name_layers_that_end_no_known_branch(tiny: Tinies) -> None:

@@ -119,7 +119,12 @@ def test_the_measured_unit_changes_neither_the_output_nor_what_is_in_front(tiny:
     assert any(blocks[n].grad is not None for n in blocks if n.startswith(f"{second}.attn1"))
 
 
-FLOAT32_INSIDE = ("flux", "wan", "ltx")  # norms or rotations are, whatever the network is in
+FLOAT32_INSIDE = (
+    "flux",
+    "wan",
+    "ltx",
+    "amused",
+)  # norms or rotations are, whatever the network is in
 
 
 def last_call(it: Any, network: nn.Module) -> UnitCall:
