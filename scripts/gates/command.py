@@ -20,19 +20,20 @@ z + alpha F(z) + beta in place of z + F(z).
 """
 
 EPILOG = """\
-  fewstep gates apply models/sd15 --init identity --alpha-shape channel
-  fewstep gates report runs/digits/teacher --picture gates.png
+  fewstep gates apply models/sd15 --alpha-shape channel
+  fewstep gates report runs/digits/rdm --picture gates.png
   fewstep gates merge models/sd15 --dest models/sd15_merged
-  fewstep gates grow runs/digits/rdm --dest runs/deeper.ckpt
-  fewstep gates prune runs/deeper.ckpt --blocks 2 --dest runs/shorter.ckpt
+  fewstep gates grow runs/digits/rdm --dest runs/digits/rdm_grown.ckpt
+  fewstep gates prune runs/digits/rdm_grown.ckpt --blocks 2 --dest runs/shorter.ckpt
   fewstep gates sensitivity --dest runs/sensitivity
 
-To merge the gates of a trained student use `fewstep export`, which does so.
+To merge the gates of a trained student use `fewstep export`, which does so where it can, and lays
+them beside the network where not.
 """
 
 APPLY = """\
 Put gates that change nothing beside a pipeline's network, in two files: rdm_gates.safetensors and
-rdm_gates.json. The network's own files stay as they are. Starts other than --init identity would
+rdm_gates.json. The network's own files stay as they are. Alpha starts at 1: other starts would
 spoil trained weights; they belong in `gates:` of an experiment that trains from scratch.
 """
 MERGE = """\
@@ -49,10 +50,11 @@ the stream, and the loss's gradient by it (root mean squares).
 GROW = """\
 Double the depth of a network with gates: each block becomes two whose alpha and beta are half,
 which take its step in two. What the network computes changes by the error of one step, so train it:
-`model.init_args.start: DEST` of an experiment, or the new pipeline. With --new-blocks zero the
-second block's alpha and beta are zero instead, and the network computes exactly the same; refused
-where such a block could never learn. Networks without gates get them by `fewstep gates apply`, or
-while they train.
+`model.init_args.start: DEST` of an experiment such as digits/rdm_grown, or the new pipeline. With
+--new-blocks zero the second block's alpha and beta are zero instead, and the network computes
+exactly the same; refused where such a block could never learn. A pipeline without gates gets them
+by `fewstep gates apply`, a student by `gates:` of its experiment. A new pipeline's gates lie beside
+its network, where diffusers does not see them: `fewstep gates merge` makes it an ordinary one.
 """
 PRUNE = """\
 Take away the blocks that add least to their stream, on samples of the network's own with noise of
@@ -88,6 +90,11 @@ def main(arguments: list[str]) -> None:
 
         depth = grow_depth(options.source, options.dest, options.new_blocks)
         print(f"{depth} blocks now, {depth // 2} before: {options.dest}")
+        if options.dest.is_dir():
+            print(
+                "Its gates lie beside the network, where diffusers does not see them: `fewstep "
+                f"gates merge {options.dest} --dest FOLDER` makes it an ordinary pipeline."
+            )
     elif options.action == "prune":
         _prune(options)
     elif options.action == "sensitivity":
@@ -130,7 +137,10 @@ def _measure_sensitivity(options: argparse.Namespace) -> None:
 def _spec(options: argparse.Namespace) -> Any:
     from fewstep.networks.gates import ResidualGates
 
-    names = ("mode", "level", "alpha_shape", "init", "skip", "time_conditioned")
+    names = (
+        *("mode", "level", "alpha_shape", "init"),
+        *("stream_dtype", "skip", "time_conditioned"),
+    )
     chosen: dict[str, Any] = {name: getattr(options, name) for name in names}
     return ResidualGates(**chosen, include=options.include, exclude=options.exclude)
 
@@ -256,11 +266,20 @@ def _add_gate_options(parser: argparse.ArgumentParser) -> None:
         help="alpha starts at 1 (identity, the default); others are refused, as they would spoil "
         "trained weights",
     )
+    parser.add_argument(
+        "--stream-dtype",
+        choices=["same", "float32"],
+        default="same",
+        help="float32 keeps the stream so where the network computes in half precision",
+    )
     parser.add_argument("--skip", action="store_true", help="gate a U-Net's long skips too")
     parser.add_argument(
         "--time-conditioned", action="store_true", help="alpha and beta depend on the time as well"
     )
     for option, what in (("--include", "gate only"), ("--exclude", "do not gate")):
         parser.add_argument(
-            option, metavar="REGEX", nargs="+", help=f"{what} what has one of these in its name"
+            option,
+            metavar="REGEX",
+            nargs="+",
+            help=f"{what} what has one of these in its name, or is in a block of this class",
         )
