@@ -287,8 +287,9 @@ def test_clips_are_steered_to_where_the_data_end(here: Path) -> None:
     small(here / "small.yaml", [{"class_path": "fewstep.metrics.EndError"}])
     Path("clips.yaml").write_text(yaml.safe_dump(CLIPS))
     errors = {}
-    for name in ("few_unguided", "few_polyak"):
+    for name in ("few_unguided", "few_polyak", "few_clear"):
         command("fit", f"guidance/moving_digits/{name}", "-c", "clips.yaml")
         found = results(f"guidance/moving_digits/{name}/version_0")["measurements"]
         errors[name] = {one["metric"]: one["value"] for one in found}["end_error"]
     assert errors["few_polyak"] < 0.7 * errors["few_unguided"]
+    assert errors["few_clear"] < 0.9 * errors["few_unguided"]  # a sum, of which one part is told

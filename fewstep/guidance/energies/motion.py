@@ -6,7 +6,7 @@ The released code averages them over the batch, which ties samples together; her
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -45,6 +45,12 @@ def _paths(x0: Tensor, positions: MakesPositions | None) -> Tensor:
 def _opacity(size: int) -> Table:
     """The watermark's opacity ``(H, H)``."""
     return Table(torch.from_numpy(watermark(size)))
+
+
+@cache
+def _points(points: tuple[tuple[float, ...], ...]) -> Table:
+    """Points ``(O, D)``, copied to a device once."""
+    return Table(torch.tensor(points, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,8 @@ class ObstacleAvoidance(Energy):
     """A penalty on every frame that is inside an obstacle.
 
     ``height * sum over frames of sigmoid(steepness * (radius + margin - distance))``. The target is
-    the obstacle's centre ``(N, D)``, or those of several ``(N, O, D)``.
+    the obstacle's centre ``(N, D)``, or those of several ``(N, O, D)``; it needs none where all
+    samples have the same obstacles.
 
     Args:
         radius: of an obstacle, in the positions' unit.
@@ -113,6 +120,7 @@ class ObstacleAvoidance(Energy):
             steepness where trajectories start deep in an obstacle.
         reduction: over frames and obstacles; ``sum`` as in the paper, ``mean`` as released.
         positions: see :class:`FinalPosition`.
+        centres: of the obstacles of all samples, ``D`` numbers each.
     """
 
     radius: float
@@ -121,12 +129,17 @@ class ObstacleAvoidance(Energy):
     height: float = 100.0
     reduction: Literal["sum", "mean"] = "sum"
     positions: MakesPositions | None = None
+    centres: Sequence[Sequence[float]] | None = None
 
     def distances(self, x0: Tensor, target: Target) -> Tensor:
         """From each frame to each obstacle, ``(N, F, O)``."""
         what = "the centres (N, D) or (N, O, D) of each one's obstacles"
-        centres = needed(target, self, what, x0)
-        centres = centres[:, None] if centres.ndim == 2 else centres
+        if target is None and self.centres is not None:
+            shared = tuple(tuple(map(float, centre)) for centre in self.centres)
+            centres = _points(shared).on(x0.device).to(x0.dtype)[None]
+        else:
+            centres = needed(target, self, what, x0)
+            centres = centres[:, None] if centres.ndim == 2 else centres
         return safe_length(_paths(x0, self.positions)[:, :, None] - centres[:, None])
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:

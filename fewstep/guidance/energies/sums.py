@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies.base import Energy, Target, repeated
+
+Reader = Callable[[Any], Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -23,15 +26,24 @@ class Sum(Energy):
     Args:
         parts: the energies.
         weights: of the parts, above 0; 1 for those left out.
+        told: the part that a target which is one tensor is for, where no other needs any. In
+            experiments that is what ``steering.target`` names, captions and pictures included.
 
     Raises:
-        FewstepError: if weights and parts do not agree, or a part decodes latents by itself.
+        FewstepError: if weights, parts and ``told`` do not agree, or a part decodes latents by
+            itself.
     """
 
     parts: Mapping[str, Energy]
     weights: Mapping[str, float] = field(default_factory=dict)
+    told: str | None = None
 
     def __post_init__(self) -> None:
+        if self.told is not None and self.told not in self.parts:
+            raise FewstepError(
+                f"The Sum's `told` is '{self.told}', which is no part of it; its parts are "
+                f"{', '.join(self.parts)}."
+            )
         unknown = sorted(set(self.weights) - set(self.parts))
         if not self.parts or unknown or min(self.weights.values(), default=1.0) <= 0:
             raise FewstepError(
@@ -52,12 +64,13 @@ class Sum(Energy):
 
     def losses(self, x0: Tensor, target: Target) -> dict[str, Tensor]:
         """Each part's losses ``(N,)``, without its weight."""
-        if isinstance(target, Tensor):
+        if isinstance(target, Tensor) and self.told is None:
             raise FewstepError(
                 "The target of a Sum is a mapping from its parts' names "
-                f"({', '.join(self.parts)}) to their targets, not one tensor."
+                f"({', '.join(self.parts)}) to their targets, not one tensor. Set `told` to the "
+                "part that it is for."
             )
-        given = target or {}
+        given = {str(self.told): target} if isinstance(target, Tensor) else target or {}
         if unknown := sorted(set(given) - set(self.parts)):
             raise FewstepError(
                 f"The Sum has no part '{unknown[0]}'; its parts are {', '.join(self.parts)}."
@@ -74,6 +87,16 @@ class Sum(Energy):
                 )
         weighted = [self.weight(name) * loss for name, loss in found.items()]
         return torch.stack(weighted).sum(0)
+
+    @property
+    def encode(self) -> Reader:
+        """Of captions, as the part reads them that is told the target; none has it elsewhere."""
+        return _reader(self.parts.get(str(self.told)), "encode")
+
+    @property
+    def encode_images(self) -> Reader:
+        """The same of pictures."""
+        return _reader(self.parts.get(str(self.told)), "encode_images")
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,6 +124,22 @@ class EachFrame(Energy):
         frames = x0.permute(2, 0, 1, 3, 4).flatten(0, 1)  # all first frames, all second ones, ...
         losses = self.energy(frames, repeated(target, count))
         return losses.unflatten(0, (count, len(x0))).mean(0)
+
+    @property
+    def encode(self) -> Reader:
+        """Of captions, as the energy of pictures reads them, if it does."""
+        return _reader(self.energy, "encode")
+
+    @property
+    def encode_images(self) -> Reader:
+        """The same of pictures."""
+        return _reader(self.energy, "encode_images")
+
+
+def _reader(energy: Energy | None, name: str) -> Reader:
+    """What makes targets of captions or pictures; :class:`AttributeError` where nothing does."""
+    found: Reader = getattr(energy, name)
+    return found
 
 
 def _refuse_decoding(part: Energy, whole: Energy) -> None:

@@ -8,6 +8,7 @@ from datamodules.moving_clips import Kind
 from fewstep.errors import FewstepError
 from fewstep.guidance import FinalPosition, InkCentres, ObstacleAvoidance
 
+from guided import randn
 from moving_samples import digit_clips
 
 
@@ -61,6 +62,20 @@ def test_several_obstacles_count_each_and_a_centre_has_a_finite_gradient() -> No
     torch.testing.assert_close(both, each)
     (gradient,) = torch.autograd.grad(both.sum(), path)
     assert bool(gradient.isfinite().all())
+
+
+def test_obstacles_of_all_samples_need_no_target() -> None:
+    paths, centres = randn(3, 5, 2), [[0.5, -0.25], [1.0, 1.0]]
+    each = torch.tensor(centres, dtype=paths.dtype).expand(3, 2, 2)
+    shared = ObstacleAvoidance(0.5, steepness=4.0, centres=centres)
+    torch.testing.assert_close(
+        shared(paths, None), ObstacleAvoidance(0.5, steepness=4.0)(paths, each)
+    )
+    assert torch.equal(
+        shared(paths, each + 1), ObstacleAvoidance(0.5, steepness=4.0)(paths, each + 1)
+    )
+    with pytest.raises(FewstepError, match="needs a target: the centres"):
+        ObstacleAvoidance(0.5)(paths, None)
 
 
 def test_positions_are_made_of_samples_or_asked_for() -> None:

@@ -55,6 +55,28 @@ def test_a_sum_is_weighted_and_each_part_gets_its_own_target() -> None:
     torch.testing.assert_close(alone, loss[1:2])
 
 
+def test_one_part_alone_may_be_told_what_is_wanted() -> None:
+    told = Sum({"first": MATRIX, "size": Size()}, told="first")
+    expected = MATRIX(NOISE, TARGET) + Size()(NOISE, None)
+    torch.testing.assert_close(told(NOISE, TARGET), expected)
+    torch.testing.assert_close(told(NOISE, {"first": TARGET}), expected)
+    assert not hasattr(told, "encode")  # as MATRIX reads no captions
+    torch.testing.assert_close(told.encode_images(NOISE), MATRIX.encode_images(NOISE))
+    framed = Sum({"size": Size(), "each": EachFrame(Reads())}, told="each")
+    assert framed.encode(["a", "bcd"]).tolist() == [[1.0], [3.0]]
+    assert not hasattr(framed, "encode_images")
+    assert not hasattr(BOTH, "encode_images")
+    with pytest.raises(FewstepError, match=r"`told` is 'third', which is no part"):
+        Sum({"first": MATRIX}, told="third")
+
+
+class Reads(Size):
+    """Knows a caption by its length."""
+
+    def encode(self, prompts: list[str]) -> Tensor:
+        return torch.tensor([[float(len(prompt))] for prompt in prompts])
+
+
 def test_several_views_of_a_sample_get_its_own_targets() -> None:
     objective = Objective(BOTH, smoothing=Smoothing(0.3, copies=5, relative=False))
     draws = [torch.Generator().manual_seed(row) for row in range(3)]
