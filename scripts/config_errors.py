@@ -53,6 +53,11 @@ def explain(message: str) -> str:
 def _in_words(reason: str, message: str) -> str:
     """What is wrong with a value, without the names that Python has for types."""
     plain = _PLAIN.search(reason)
+    if plain is None and reason.rstrip().endswith("dot import path string: None"):
+        return (
+            "names a class, which a command line cannot take away again. Write it as null into a "
+            "YAML file of your own, and give that by another -c."
+        )
     if plain is None:
         return f"is wrong: {reason}"
     meant = _MEANT[plain[1]] if plain[1] else f"one of {plain[2]}".replace("'", "")

@@ -35,6 +35,7 @@ from fewstep.metrics.rows import Rows
 from fewstep.metrics.sliced_wasserstein import SlicedWasserstein, sliced_wasserstein
 from fewstep.metrics.tracks import EndError, TrackAcceleration, TrackError, tracks
 from fewstep.metrics.video_mae import FrechetVideoMAE, VideoMAEFeatures
+from fewstep.metrics.wanted_modes import WantedModes
 
 __all__ = [
     "FID",
@@ -86,6 +87,7 @@ __all__ = [
     "TrackAcceleration",
     "TrackError",
     "VideoMAEFeatures",
+    "WantedModes",
     "WatermarkEnergy",
     "collect",
     "digit_reader",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ import pytest
 from datamodules import Digits, RingData
 from fewstep.errors import FewstepError
 from lightning_modules import ConsistencyDistillation
-from scripts.main import main
+from scripts.main import main, run
 
 
 @pytest.fixture(autouse=True)
@@ -115,3 +116,18 @@ def test_a_value_of_another_type_is_told_in_words(
     message = error_of(arguments, capsys)
     assert message.endswith(said)
     assert "class '" not in message
+
+
+def test_what_a_command_line_cannot_take_away_is_said_to_be_so(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    whole, key = "guidance/digits/whole", "steering.guidance.init_args.augmentor"
+    message = error_of(["fit", "-c", whole, f"--model.init_args.{key}", "null"], capsys)
+    assert "augmentor' names a class" in message
+    assert "as null into a YAML file" in message
+    (tmp_path / "mine.yaml").write_text(
+        "model: {init_args: {steering: {guidance: {init_args: {augmentor: null}}}}}"
+    )
+    with contextlib.suppress(SystemExit):
+        run(["fit", "-c", whole, "-c", str(tmp_path / "mine.yaml"), "--print_config"])
+    assert "augmentor: null" in capsys.readouterr().out
