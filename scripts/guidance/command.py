@@ -34,7 +34,7 @@ results. With the same options every method gets the same effort.
 Every trial is kept in trials.jsonl as it is made: the same command goes on where it was stopped.
 At the end best.yaml holds the winning numbers:
 
-  fewstep guidance search -c guidance/digits/few_polyak --steps 1 4
+  fewstep guidance search -c guidance/digits/few_polyak --knobs state.radius --steps 1 4
   fewstep evaluate -c guidance/digits/few_polyak \\
       -c runs/guidance/digits/few_polyak/search/1_4_steps/best.yaml --steps 1 4
 """
