@@ -8,13 +8,17 @@ from typing import Any
 import pytest
 import torch
 from diffusers import (
+    DDIMPipeline,
     DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
+    UNet2DModel,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -146,6 +150,53 @@ def test_the_loss_of_the_decoded_sample_falls(pipeline: Any, name: str) -> None:
     for guidance in (IDLE, Guidance(Near(-1.0), Capped(Normalised(1.0), 0.1), window=LATE)):
         with guide(pipe, guidance, **told(name)) as guided:
             run(pipe, name, steps=6)
+        losses.append(guided.trace.loss[-1])
+        assert bool(guided.trace.finished.all())
+    assert bool((losses[1] < losses[0]).all())
+
+
+def of_pixels(kind: Any, scheduler: Any) -> Any:
+    torch.manual_seed(0)
+    network = UNet2DModel(
+        sample_size=8,
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=4,
+        down_block_types=("DownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+    )
+    return kind(network, scheduler)
+
+
+UNPROMPTED: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
+    "ddpm": (lambda _: of_pixels(DDPMPipeline, DDPMScheduler(clip_sample=False)), {}, {}),
+    "ddim": (lambda _: of_pixels(DDIMPipeline, DDIMScheduler(clip_sample=False)), {}, {}),
+    "dit": (
+        lambda load: load("dit"),
+        {"class_labels": [3, 7], "guidance_scale": 4.0},
+        {"guidance_scale": 4.0},
+    ),
+    "pixart": (
+        lambda load: load("pixart"),
+        {"prompt": PROMPTS, "guidance_scale": 4.0, **SMALL, "use_resolution_binning": False},
+        {"guidance_scale": 4.0},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(UNPROMPTED))
+def test_the_loss_falls_in_pipelines_of_other_calls(pipeline: Any, name: str) -> None:
+    """Of pixels, of classes with the unconditional half last, and of prompts of another kind."""
+    make, call, known = UNPROMPTED[name]
+    pipe, losses = make(pipeline), []
+    pipe.set_progress_bar_config(disable=True)
+    if name in ("ddpm", "ddim"):
+        call = {"batch_size": 2}
+    for guidance in (IDLE, Guidance(Near(-1.0), Capped(Normalised(1.0), 0.1), window=LATE)):
+        draws = [torch.Generator().manual_seed(row) for row in range(2)]
+        with guide(pipe, guidance, **known) as guided:
+            pipe(num_inference_steps=6, generator=draws, output_type="np", **call)
         losses.append(guided.trace.loss[-1])
         assert bool(guided.trace.finished.all())
     assert bool((losses[1] < losses[0]).all())
