@@ -6,11 +6,12 @@ an experiment YAML uses; it survives ``torch.load(weights_only=True)``.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from typing import Any, Protocol, TypeVar
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from typing import Any, Protocol, TypeVar, get_args, get_type_hints
 
 from fewstep.errors import FewstepError
 
@@ -66,22 +67,88 @@ def with_defaults(value: Any) -> Any:
 
 
 def defaults_of(class_path: str) -> dict[str, Any]:
-    """The defaults of a class's arguments, those that it hands on to its bases included.
+    """The plain defaults of a class's arguments, by name; empty for what cannot be found."""
+    found = find_class(class_path)
+    return {
+        name: default
+        for name, parameter in ({} if found is None else arguments_of(found)).items()
+        if (default := _default(found, parameter)) is not inspect.Parameter.empty
+    }
 
-    Empty for what cannot be found.
+
+def default_at(class_path: str, path: Sequence[str]) -> Any:
+    """The default of an argument, or of a field within arguments that are dataclasses.
+
+    Args:
+        class_path: of the class.
+        path: the argument's name, and behind it those of fields within.
+
+    Returns:
+        The default; ``inspect.Parameter.empty`` if there is none, or nothing can be found.
     """
+    found: Any = find_class(class_path)
+    for name in path[:-1]:
+        found = _dataclass_of(found, name)
+    parameter = {} if found is None else arguments_of(found)
+    if path[-1] not in parameter:
+        return inspect.Parameter.empty
+    return _default(found, parameter[path[-1]])
+
+
+def arguments_of(made: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """What a class or function takes by name, what it hands on to base classes included."""
+    bases = inspect.getmro(made) if isinstance(made, type) else (made,)
+    found: dict[str, inspect.Parameter] = {}
+    for base in bases:
+        if isinstance(base, type) and "__init__" not in vars(base):
+            continue
+        if base is object:
+            break
+        try:
+            parameters = list(inspect.signature(base).parameters.values())
+        except (ValueError, TypeError):
+            break
+        named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        found = {p.name: p for p in named} | found
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            break
+    return found
+
+
+def find_class(class_path: str) -> Any:
+    """A class or function by its import path; None if it cannot be found."""
     module_name, _, name = class_path.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError):
+        return getattr(importlib.import_module(module_name), name)
+    except (ImportError, AttributeError, ValueError, TypeError):
+        return None
+
+
+def _default(made: Any, parameter: inspect.Parameter) -> Any:
+    """A default as a configuration has it: sequences are lists."""
+    default = parameter.default
+    if is_dataclass(made):
+        factories = {f.name: f.default_factory for f in fields(made)}
+        factory = factories.get(parameter.name, MISSING)
+        default = default if factory is MISSING else factory()
+    return list(default) if isinstance(default, tuple) else default
+
+
+def _dataclass_of(made: Any, argument: str) -> Any:
+    """The dataclass that an argument takes, if its type names one."""
+    parameter = {} if made is None else arguments_of(made)
+    if argument not in parameter:
+        return None
+    owner = next((b for b in inspect.getmro(made) if argument in _hints(b)), None)
+    hint = _hints(owner).get(argument)
+    return next((t for t in (hint, *get_args(hint)) if is_dataclass(t)), None)
+
+
+def _hints(made: Any) -> dict[str, Any]:
+    try:
+        return {} if made is None else get_type_hints(made.__init__)
+    except (NameError, TypeError, AttributeError):
         return {}
-    stated: dict[str, Any] = {}
-    # The nearest one counts; bases are asked for what is handed on by **options.
-    for known in reversed(inspect.getmro(found)[:-1] if isinstance(found, type) else [found]):
-        with contextlib.suppress(ValueError, TypeError):
-            parameters = inspect.signature(known).parameters.values()
-            stated |= {p.name: p.default for p in parameters if p.default is not p.empty}
-    return stated
 
 
 def build(spec: Spec, expected: type[T]) -> T:

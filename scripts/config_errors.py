@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import re
 from collections.abc import Iterable
 
 from fewstep.errors import nearest
+from fewstep.spec import arguments_of, find_class
 
 _UNKNOWN = re.compile(r"(?:Option '([\w.]+)' is not accepted|not accept option '([\w.]+)')")
 # What a factory (an optimiser, a backbone) was given, when the complaint is about one.
@@ -79,25 +79,8 @@ def reasons_within(message: str) -> str:
 
 def _arguments_of(class_path: str) -> Iterable[str]:
     """Names of all constructor arguments, those of base classes behind ``**kwargs`` included."""
-    module_name, _, name = class_path.rpartition(".")
-    try:
-        cls = getattr(importlib.import_module(module_name), name)
-    except (ImportError, AttributeError, ValueError):
-        return []
-    found: dict[str, None] = {}
-    for base in inspect.getmro(cls):
-        if "__init__" not in vars(base) or base is object:
-            continue
-        parameters = inspect.signature(vars(base)["__init__"]).parameters.values()
-        for parameter in parameters:
-            if parameter.name != "self" and parameter.kind not in (
-                parameter.VAR_KEYWORD,
-                parameter.VAR_POSITIONAL,
-            ):
-                found[parameter.name] = None
-        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
-            break
-    return found
+    found = find_class(class_path)
+    return {} if found is None else arguments_of(found)
 
 
 def _top_level() -> list[str]:

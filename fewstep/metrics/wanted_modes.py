@@ -39,10 +39,9 @@ class WantedModes(Metric):
         self.needs_conditions = (target,)
         self.better: dict[str, Better] = {
             "mode_accuracy": "higher",
-            "mode_scatter": "lower",
             "mode_scatter_error": "lower",
         }
-        self.own_values = frozenset(self.better)
+        self.own_values = frozenset([*self.better, "mode_scatter"])
 
     def statistics(self) -> Means:
         return Means(NAMES, self._values)
@@ -63,6 +62,7 @@ class WantedModes(Metric):
         log_joint = mixture.weights.log() - x.shape[1] * mixture.stds.log() - 0.5 * square
         likeliest = log_joint.argmax(1)
         hit = mixture.labels[likeliest] == samples.cond[self.target].to(x.device)
+        hit &= x.isfinite().all(1)
         scatter = square.gather(1, likeliest[:, None])[:, 0] / x.shape[1]
         return [hit, torch.where(hit, scatter, 0.0)]
 
@@ -80,6 +80,7 @@ class WantedModes(Metric):
         return {
             "metric": self.name,
             "target": self.target,
-            "components": len(self.mixture.means),
+            "means": self.mixture.means.tolist(),
+            "weights": self.mixture.weights.tolist(),
             "stds": self.mixture.stds.tolist(),
         }

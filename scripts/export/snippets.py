@@ -1,4 +1,4 @@
-"""The lines of Python that sample from an export with diffusers alone."""
+"""The lines of Python that sample from an export: with diffusers alone, unless it has gates."""
 
 from __future__ import annotations
 

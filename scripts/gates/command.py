@@ -54,7 +54,8 @@ which take its step in two. What the network computes changes by the error of on
 --new-blocks zero the second block's alpha and beta are zero instead, and the network computes
 exactly the same; refused where such a block could never learn. A pipeline without gates gets them
 by `fewstep gates apply`, a student by `gates:` of its experiment. A new pipeline's gates lie beside
-its network, where diffusers does not see them: `fewstep gates merge` makes it an ordinary one.
+its network, where diffusers does not see them: `fewstep gates merge` makes it an ordinary one, if
+they are on branches.
 """
 PRUNE = """\
 Take away the blocks that add least to their stream, on samples of the network's own with noise of
@@ -92,8 +93,9 @@ def main(arguments: list[str]) -> None:
         print(f"{depth} blocks now, {depth // 2} before: {options.dest}")
         if options.dest.is_dir():
             print(
-                "Its gates lie beside the network, where diffusers does not see them: `fewstep "
-                f"gates merge {options.dest} --dest FOLDER` makes it an ordinary pipeline."
+                "Its gates lie beside the network, where diffusers does not see them. `fewstep "
+                f"gates merge {options.dest} --dest FOLDER` makes it an ordinary pipeline, if they "
+                "are on branches; others are read by fewstep.networks.gates.load_gates."
             )
     elif options.action == "prune":
         _prune(options)

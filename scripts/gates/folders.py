@@ -114,5 +114,5 @@ def _check_no_run(source: Path) -> None:
         return
     raise FewstepError(
         f"'{source}' is no pipeline's folder but what fewstep has trained; `fewstep export "
-        f"{source} --dest FOLDER` merges its gates into the weights that it writes."
+        f"{source} --dest FOLDER` merges its gates into the weights that it writes, where it can."
     )

@@ -17,7 +17,7 @@ from callbacks.preemption import EXIT_STATUS
 from callbacks.results import FILE_NAME, read_results
 from fewstep.errors import FewstepError
 from fewstep.networks.loading import newest_checkpoint
-from fewstep.spec import defaults_of
+from fewstep.spec import default_at
 from scripts.report.data import CONFIG_FILE, flatten
 
 LOCAL = "local"
@@ -95,9 +95,9 @@ class Asked:
 
 def _is_default(key: str, config: Mapping[str, Any]) -> bool:
     """Whether an option is at its class's default: as before the class had it."""
-    owner, _, name = key.rpartition(".init_args.")
-    options = defaults_of(str(config.get(f"{owner}.class_path")))
-    return name in options and options[name] == config[key]
+    owner, _, names = key.rpartition(".init_args.")
+    default = default_at(str(config.get(f"{owner}.class_path")), names.split("."))
+    return bool(default == config[key])
 
 
 def recorded_config(run: Path) -> dict[str, Any] | None:

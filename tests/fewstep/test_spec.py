@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import inspect
 import io
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 from fewstep.diffusion import Backbone, FlowSchedule, Schedule, VPSchedule
 from fewstep.errors import FewstepError
 from fewstep.networks import DiT, RingMixture
-from fewstep.spec import Describable, build, describe, with_defaults
+from fewstep.spec import Describable, build, default_at, defaults_of, describe, with_defaults
 
 THINGS = [
     (VPSchedule("linear", 0.0001, 0.02, trajectory_end="clean"), Schedule),
@@ -75,3 +76,31 @@ def test_an_option_that_an_older_description_lacks_has_its_default() -> None:
     assert whole["roles"][0]["init_args"]["learned_variance"] is False
     other = describe(DiT(4, 1, num_layers=1, num_heads=1, head_dim=8, learned_variance=True))
     assert with_defaults(other) != whole["roles"][0]
+
+
+@pytest.mark.parametrize(
+    ("class_path", "path", "default"),
+    [
+        ("lightning_modules.DiffusionTraining", "sampler", "ode"),
+        ("lightning_modules.DiffusionTraining", "clip_from", 0),  # of a base class
+        ("lightning_modules.TrainingFreeGuidance", "steering.candidates", 1),  # of a dataclass
+        ("fewstep.guidance.Guidance", "recurrence.count", 1),
+        ("fewstep.guidance.PictureNetwork", "mean", [0.5, 0.5, 0.5]),  # a tuple in Python
+        ("fewstep.guidance.Sum", "weights", {}),  # made anew each time
+        ("fewstep.guidance.dps", "strength", 1.0),  # of a function
+    ],
+)
+def test_defaults_are_those_that_a_configuration_shows(
+    class_path: str, path: str, default: object
+) -> None:
+    assert default_at(class_path, path.split(".")) == default
+
+
+def test_what_has_no_default_or_cannot_be_found_has_none() -> None:
+    empty = inspect.Parameter.empty
+    assert default_at("fewstep.guidance.Sum", ["parts"]) is empty
+    assert default_at("fewstep.networks.DiT", ["sampl_size"]) is empty
+    assert default_at("nowhere.Class", ["a", "b"]) is empty
+    assert defaults_of(".a.b") == {}
+    assert "sample_size" not in defaults_of("fewstep.networks.DiT")
+    assert "training" not in defaults_of("fewstep.networks.DiT")  # hands nothing on to a module

@@ -311,3 +311,23 @@ def test_a_class_tuner_gives_the_probability_of_the_wanted_class() -> None:
     assert found.tolist() == pytest.approx([1 / (1 + 2.718281828**-2), 0.5])
     with pytest.raises(FewstepError, match="takes the number of a class"):
         tuner(logits, None)
+
+
+def networks_in(value: Any) -> set[str]:
+    """The names of pretrained networks anywhere in a configuration."""
+    if isinstance(value, list):
+        return set().union(*map(networks_in, value))
+    if not isinstance(value, dict):
+        return set()
+    own = {value["model"]} if isinstance(value.get("model"), str) else set()
+    return own.union(*map(networks_in, value.values()))
+
+
+@pytest.mark.parametrize("folder", ["imagenet", "sd15", "sdxl"])
+def test_no_folders_tuner_guides_or_judges(folder: str) -> None:
+    files = sorted(find_experiment(f"guidance/{folder}/defaults").parent.glob("*.yaml"))
+    configs = {file.stem: networks_in(yaml.safe_load(file.read_text())) for file in files}
+    tuner = configs.pop("search")
+    assert len(tuner) == 1
+    assert len(set().union(*configs.values())) >= 2
+    assert all(tuner.isdisjoint(found) for found in configs.values())

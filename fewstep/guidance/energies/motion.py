@@ -120,7 +120,10 @@ class ObstacleAvoidance(Energy):
             steepness where trajectories start deep in an obstacle.
         reduction: over frames and obstacles; ``sum`` as in the paper, ``mean`` as released.
         positions: see :class:`FinalPosition`.
-        centres: of the obstacles of all samples, ``D`` numbers each.
+        centres: of the obstacles of all samples, ``D`` numbers each; then it takes no target.
+
+    Raises:
+        FewstepError: for centres that are none, or of unlike dimensions.
     """
 
     radius: float
@@ -131,16 +134,33 @@ class ObstacleAvoidance(Energy):
     positions: MakesPositions | None = None
     centres: Sequence[Sequence[float]] | None = None
 
+    def __post_init__(self) -> None:
+        if self.centres is not None and len({len(centre) for centre in self.centres}) != 1:
+            raise FewstepError(
+                "ObstacleAvoidance.centres are points, D numbers each: [[7.5, 7.5]] is one in the "
+                f"plane; got {list(self.centres)}."
+            )
+
     def distances(self, x0: Tensor, target: Target) -> Tensor:
         """From each frame to each obstacle, ``(N, F, O)``."""
         what = "the centres (N, D) or (N, O, D) of each one's obstacles"
-        if target is None and self.centres is not None:
+        paths = _paths(x0, self.positions)
+        if self.centres is None:
+            centres = needed(target, self, what, x0)
+            centres = centres[:, None] if centres.ndim == 2 else centres
+        elif target is None:
             shared = tuple(tuple(map(float, centre)) for centre in self.centres)
             centres = _points(shared).on(x0.device).to(x0.dtype)[None]
         else:
-            centres = needed(target, self, what, x0)
-            centres = centres[:, None] if centres.ndim == 2 else centres
-        return safe_length(_paths(x0, self.positions)[:, :, None] - centres[:, None])
+            raise FewstepError(
+                "ObstacleAvoidance was given centres for all samples and a target as well. Leave "
+                "out one of them; in experiments that is steering.target: null."
+            )
+        if centres.shape[-1] != paths.shape[-1]:
+            raise FewstepError(
+                f"Obstacles in {centres.shape[-1]} dimensions, paths in {paths.shape[-1]}."
+            )
+        return safe_length(paths[:, :, None] - centres[:, None])
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
         inside = self.radius + self.margin - self.distances(x0, target)

@@ -106,11 +106,12 @@ KINDS: dict[str, Kind] = {
     "ResnetBlockCondNorm2D": RESNET,
     "TemporalResnetBlock": RESNET,
     "TemporalConvLayer": Kind((Branch("conv4.3"),), (Stream("hidden_states", "conv4.3"),)),
-    # Of aMUSEd's U-ViT. The latter scales and shifts the sum, so that it keeps no stream.
+    # Of aMUSEd's U-ViT.
     "SkipFFTransformerBlock": Kind(
         (Branch("attn1.to_out.0"), Branch("attn2.to_out.0")),
         (Stream("hidden_states", "attn2.to_out.0"),),
     ),
+    # It scales and shifts the sum, so that it keeps no stream.
     "ConvNextBlock": Kind((Branch("channelwise_linear_2"),), ()),
     # Only where it adds its input itself, as in U-Nets without text, whose maps it takes.
     "Attention": Kind((Branch("to_out.0"),), (Stream("hidden_states", "to_out.0", channel_dim=1),)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -87,14 +88,14 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> list[Site]:
     if spec.include is not None:
         chosen = _included(network, spec, known)
     elif known:
-        _check_known(network)
+        _check_known(network, spec)
     for pattern in spec.exclude or ():
-        if not any(_names(pattern, site) for site in chosen):
+        if not any(_names(network, pattern, site) for site in chosen):
             raise FewstepError(
-                f"gates.exclude: '{pattern}' is in the name of no unit that would be gated. "
-                f"{_some(chosen)}"
+                f"gates.exclude: '{pattern}' is in the name of no unit that would be gated, and no "
+                f"class of their blocks. {_some(chosen)}"
             )
-    left = [s for s in chosen if not any(_names(p, s) for p in spec.exclude or ())]
+    left = [s for s in chosen if not any(_names(network, p, s) for p in spec.exclude or ())]
     if not left:
         raise FewstepError(
             f"No residual unit of {type(network).__name__} is left to gate at the level "
@@ -106,30 +107,67 @@ def find_sites(network: nn.Module, spec: ResidualGates) -> list[Site]:
     return left
 
 
-def _names(pattern: str, site: Site) -> bool:
-    """Whether a pattern is in a unit's name, or is its block's class."""
-    return bool(re.search(pattern, site.name) or re.fullmatch(pattern, site.kind))
+def _names(network: nn.Module, pattern: str, site: Site) -> bool:
+    """Whether a pattern is in a unit's name, or is its block's class or a base of that."""
+    if re.search(pattern, site.name):
+        return True
+    classes = itertools.takewhile(
+        lambda cls: cls is not nn.Module, type(network.get_submodule(site.block)).__mro__
+    )
+    return any(re.fullmatch(pattern, cls.__name__) for cls in classes)
 
 
-def _check_known(network: nn.Module) -> None:
-    """Refuses networks of which some blocks would get gates and others, unknown, would not."""
-    known = [name for name, module in network.named_modules() if kind_of(module) is not None]
-    unknown = Counter(
-        type(module).__name__
-        for name, module in network.named_modules()
+def _unknown_blocks(network: nn.Module) -> dict[str, nn.Module]:
+    """Blocks with layers, by their class's name, of which no branch is known."""
+    modules = dict(network.named_modules())
+    known = [name for name, module in modules.items() if kind_of(module) is not None]
+    return {
+        name: module
+        for name, module in modules.items()
         if "Block" in type(module).__name__
         and any(isinstance(layer, LAYERS) for layer in module.modules())
         # Neither in a block that is known nor around one, as a U-Net's large ones are.
-        and not any(f"{name}.".startswith(f"{k}.") or f"{k}.".startswith(f"{name}.") for k in known)
+        and not any(_is_within(name, k) or _is_within(k, name) for k in known)
+    }
+
+
+def _is_within(name: str, outer: str) -> bool:
+    """Whether a module is another one or within it; all are within the network itself, ''."""
+    return not outer or name == outer or name.startswith(f"{outer}.")
+
+
+def _check_known(network: nn.Module, spec: ResidualGates) -> None:
+    """Refuses networks of which some blocks would get gates and others, unknown, would not."""
+    unknown = Counter(type(block).__name__ for block in _unknown_blocks(network).values())
+    if not unknown:
+        return
+    told = ", ".join(f"{count} {kind}" for kind, count in unknown.items())
+    way = (
+        "Name the last layers of their branches by gates.include, beside '.', which stands for all "
+        "that are known"
+        if spec.level == "branch"
+        else "Let their class say `residual_branches` and `residual_stream`"
     )
-    if unknown:
-        told = ", ".join(f"{count} {kind}" for kind, count in unknown.items())
-        raise FewstepError(
-            f"{type(network).__name__} has blocks whose residual branches are not known ({told}); "
-            "they would have no gates beside others that do. Name the last layers of their "
-            "branches by gates.include, beside '.', which stands for all that are known; or '.' "
-            "alone, to gate only those."
-        )
+    raise FewstepError(
+        f"{type(network).__name__} has blocks whose residual branches are not known ({told}); they "
+        f"would have no gates beside others that do. {way}; or gate only those that are known: "
+        "gates.include: ['.']."
+    )
+
+
+def _check_all_named(network: nn.Module, spec: ResidualGates, wanted: list[Site]) -> None:
+    """Refuses patterns that name known units and, without effect, layers of unknown blocks."""
+    chosen = {site.name for site in wanted}
+    for name, block in _unknown_blocks(network).items():
+        for inner, layer in block.named_modules(prefix=name):
+            missed = isinstance(layer, LAYERS) and inner not in chosen
+            for pattern in spec.include or () if missed else ():
+                if pattern != "." and re.search(pattern, inner):
+                    raise FewstepError(
+                        f"gates.include: '{pattern}' names units that are known, and those alone "
+                        f"get gates; but also '{inner}', of a {type(block).__name__} that is not "
+                        "known. Name such layers by a pattern that no known unit has."
+                    )
 
 
 def _check_called(network: nn.Module, sites: list[Site]) -> None:
@@ -196,9 +234,11 @@ def _included(network: nn.Module, spec: ResidualGates, known: list[Site]) -> lis
     """The units in whose names one of the patterns is, in the network's order."""
     wanted: list[Site] = []
     for pattern in spec.include or ():
-        found = [site for site in known if _names(pattern, site)]
+        found = [site for site in known if _names(network, pattern, site)]
         found = found or _elsewhere(network, spec, pattern, known)
         wanted += [site for site in found if site not in wanted]
+    if spec.level == "branch":
+        _check_all_named(network, spec, wanted)
     order = {name: i for i, (name, _) in enumerate(network.named_modules())}
     return sorted(wanted, key=lambda site: order[site.name])
 
@@ -207,7 +247,10 @@ def _elsewhere(
     network: nn.Module, spec: ResidualGates, pattern: str, known: list[Site]
 ) -> list[Site]:
     """Layers that a pattern names though they end no branch that is known."""
-    named = [(n, m) for n, m in network.named_modules() if n and re.search(pattern, n)]
+    everything = pattern == "."  # stands for all that are known, and there are none
+    named = [
+        (n, m) for n, m in network.named_modules() if n and re.search(pattern, n) and not everything
+    ]
     if spec.level == "branch":
         layers = [(n, m) for n, m in named if isinstance(m, LAYERS)]
         if layers:
@@ -220,7 +263,8 @@ def _elsewhere(
             "(fewstep.networks.gates.blocks.ResidualBlock), or set gates.level: branch."
         )
     raise FewstepError(
-        f"gates.include: '{pattern}' is in no name of {type(network).__name__}. {_some(known)}"
+        f"gates.include: '{pattern}' is in no name of {type(network).__name__} and no class of its "
+        f"blocks. {_some(known)}"
     )
 
 

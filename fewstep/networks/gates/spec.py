@@ -45,9 +45,9 @@ class ResidualGates(Change):
         time_conditioned: whether alpha and beta also depend on the time, by linear maps of its
             sines and cosines that start at zero. Networks with adaLN have that already.
         include: regular expressions, each found in the names of the units to gate, or the class of
-            their blocks, such as ``ResnetBlock2D``; null is all, of a network whose blocks are all
-            known. At the branch level one that is in none of these names may name other linear and
-            convolutional layers.
+            their blocks (or one it derives from), such as ``ResnetBlock2D``; null is all, of a
+            network whose blocks are all known. At the branch level one that is in none of these
+            names may name other linear and convolutional layers.
         exclude: the same of units that stay as they are.
 
     Raises:

@@ -169,7 +169,7 @@ def of_pixels(kind: Any, scheduler: Any) -> Any:
     return kind(network, scheduler)
 
 
-UNPROMPTED: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
+OTHER_CALLS: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
     "ddpm": (lambda _: of_pixels(DDPMPipeline, DDPMScheduler(clip_sample=False)), {}, {}),
     "ddim": (lambda _: of_pixels(DDIMPipeline, DDIMScheduler(clip_sample=False)), {}, {}),
     "dit": (
@@ -185,10 +185,10 @@ UNPROMPTED: dict[str, tuple[Any, dict[str, Any], dict[str, float]]] = {
 }
 
 
-@pytest.mark.parametrize("name", sorted(UNPROMPTED))
+@pytest.mark.parametrize("name", sorted(OTHER_CALLS))
 def test_the_loss_falls_in_pipelines_of_other_calls(pipeline: Any, name: str) -> None:
     """Of pixels, of classes with the unconditional half last, and of prompts of another kind."""
-    make, call, known = UNPROMPTED[name]
+    make, call, known = OTHER_CALLS[name]
     pipe, losses = make(pipeline), []
     pipe.set_progress_bar_config(disable=True)
     if name in ("ddpm", "ddim"):

@@ -56,6 +56,13 @@ def test_samples_of_other_classes_count_as_misses_and_in_nothing_else() -> None:
     assert found(x, (labels + 1) % 3) == {"mode_accuracy": pytest.approx(0, abs=0.01)}
 
 
+def test_samples_that_are_no_numbers_reach_nothing() -> None:
+    x = torch.tensor([[torch.nan, torch.nan], [torch.inf, torch.inf], [0.1, 0.0]])
+    values = found(x, torch.zeros(3, dtype=torch.long))
+    assert values["mode_accuracy"] == pytest.approx(1 / 3)
+    assert values["mode_scatter"] == pytest.approx(0.1**2 / 0.5**2 / 2)
+
+
 def test_classes_of_several_components_are_reached_in_any_of_them() -> None:
     two = GaussianMixture(MIXTURE.means, MIXTURE.stds, labels=torch.tensor([0, 1, 1]))
     x, labels = drawn(200)

@@ -67,15 +67,19 @@ def test_several_obstacles_count_each_and_a_centre_has_a_finite_gradient() -> No
 def test_obstacles_of_all_samples_need_no_target() -> None:
     paths, centres = randn(3, 5, 2), [[0.5, -0.25], [1.0, 1.0]]
     each = torch.tensor(centres, dtype=paths.dtype).expand(3, 2, 2)
-    shared = ObstacleAvoidance(0.5, steepness=4.0, centres=centres)
-    torch.testing.assert_close(
-        shared(paths, None), ObstacleAvoidance(0.5, steepness=4.0)(paths, each)
-    )
-    assert torch.equal(
-        shared(paths, each + 1), ObstacleAvoidance(0.5, steepness=4.0)(paths, each + 1)
-    )
+    shared, told = (ObstacleAvoidance(0.5, steepness=4.0, centres=c) for c in (centres, None))
+    torch.testing.assert_close(shared(paths, None), told(paths, each))
+    with pytest.raises(FewstepError, match="a target as well"):
+        shared(paths, each)
     with pytest.raises(FewstepError, match="needs a target: the centres"):
-        ObstacleAvoidance(0.5)(paths, None)
+        told(paths, None)
+    with pytest.raises(FewstepError, match="Obstacles in 3 dimensions, paths in 2"):
+        ObstacleAvoidance(0.5, centres=[[0.0, 0.0, 0.0]])(paths, None)
+    with pytest.raises(FewstepError, match="Obstacles in 1 dimensions"):
+        ObstacleAvoidance(0.5, centres=[[7.5]])(paths, None)
+    for wrong in ([], [[1.0, 2.0], [1.0]]):
+        with pytest.raises(FewstepError, match="centres are points"):
+            ObstacleAvoidance(0.5, centres=wrong)
 
 
 def test_positions_are_made_of_samples_or_asked_for() -> None:

@@ -320,6 +320,8 @@ def test_a_pattern_may_be_the_class_of_blocks(tiny: Tinies) -> None:
     assert kinds == {"ResnetBlock2D", "BasicTransformerBlock"}
     spec = ResidualGates(include=["ResnetBlock2D"])
     assert {r.kind for r in apply_gates(tiny("unet").network, spec).rows} == {"ResnetBlock2D"}
+    derived = apply_gates(tiny("own_latte").network, ResidualGates(include=["LatteBlock"])).rows
+    assert {r.kind for r in derived} == {"BasicTransformerBlock"}
     spec = ResidualGates(exclude=["ResnetBlock2D", "attn"])
     names = [row.name for row in apply_gates(tiny("unet").network, spec).rows]
     assert len(names) == 4
@@ -331,23 +333,39 @@ class WiderBlock(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(4, 8), nn.Linear(8, 4)
+        self.into, self.out = nn.Linear(4, 8), nn.Linear(8, 4)
 
 
 def test_blocks_that_are_not_known_are_not_passed_over_in_silence(tiny: Tinies) -> None:
     network = tiny("dit").network
     network.extra = nn.ModuleList([WiderBlock(), WiderBlock()])
-    with pytest.raises(FewstepError, match=r"not known \(2 WiderBlock\).* '\.' alone"):
+    with pytest.raises(FewstepError, match=r"not known \(2 WiderBlock\).* by gates.include"):
         apply_gates(network, ResidualGates())
+    with pytest.raises(FewstepError, match=r"not known \(2 WiderBlock\).* `residual_stream`; or"):
+        apply_gates(network, ResidualGates(level="block"))
+    with pytest.raises(FewstepError, match=r"also 'extra.0.out', of a WiderBlock"):
+        apply_gates(network, ResidualGates(include=["out"]))  # as in attn1.to_out.0
     assert not is_gated(network)
-    table = apply_gates(network, ResidualGates(include=[".", r"extra\.\d\.down"]))
-    assert [row.name for row in table.rows][-2:] == [
-        "extra.0.down.rdm_gate",
-        "extra.1.down.rdm_gate",
-    ]
-    network = tiny("dit").network
-    network.extra = WiderBlock()
-    assert len(apply_gates(network, ResidualGates(include=["."])).rows) == UNITS["dit"][0]
+    table = apply_gates(network, ResidualGates(include=[".", r"extra\.\d\.out"]))
+    names = [row.name for row in table.rows]
+    assert names[-2:] == ["extra.0.out.rdm_gate", "extra.1.out.rdm_gate"]
+    for level in ("branch", "block"):
+        network = tiny("dit").network
+        network.extra = WiderBlock()
+        rows = apply_gates(network, gates("dit", level, include=["."])).rows
+        assert len(rows) == UNITS["dit"][level == "block"]
+    with pytest.raises(FewstepError, match=r"There are none that are known"):
+        apply_gates(WiderBlock(), ResidualGates(include=["."]))
+
+
+def test_a_network_may_be_called_a_block_itself(tiny: Tinies) -> None:
+    class MyBlockNet(nn.Module):
+        def __init__(self, blocks: nn.ModuleList) -> None:
+            super().__init__()
+            self.blocks, self.last = blocks, nn.Linear(2, 2)
+
+    network = MyBlockNet(tiny("dit").network.transformer_blocks)
+    assert len(apply_gates(network, ResidualGates()).rows) == 4
 
 
 def test_a_pattern_may_name_layers_that_end_no_known_branch(tiny: Tinies) -> None:
