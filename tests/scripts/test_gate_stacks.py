@@ -97,4 +97,4 @@ def test_without_norms_a_stack_trains_with_gates_of_depth_and_is_lost_without_an
     assert gated.last < 0.7 * gated.losses[0]
     assert gated.amplification < 10
     assert not plain.last < 1e3
-    assert not plain.amplification < 1e6
+    assert not plain.amplification < 1e4  # a chaotic number: 5e5 and more, by processor

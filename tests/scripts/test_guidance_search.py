@@ -61,6 +61,8 @@ def search(*more: str, experiment: str = EXPERIMENT) -> None:
     CALLS.clear()
     few = ["--steps", "4", "--num_samples", "32", "--trainer.accelerator", "cpu"]
     named = ["-c", experiment, "-c", "tuner.yaml", "--run.name", experiment]
+    if experiment == EXPERIMENT:
+        named += ["--model.init_args.steering.guidance.init_args.strength", "0.1"]
     run(["guidance", "search", *named, *few, *more])
 
 
