@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from tqdm import tqdm
 
 from callbacks.results import FILE_NAME
 from fewstep.errors import FewstepError, nearest
@@ -106,7 +107,7 @@ def make_plan(
     """
     variants = variants_of(suite)
     check_patterns(only or [], variants)
-    for variant in variants:
+    for variant in tqdm(variants, "Checking experiments", leave=False, disable=None):
         check(variant, home)
     queue = queued()
     cells: dict[tuple[Variant, int], Cell] = {}

@@ -5,13 +5,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.distributions import MultivariateNormal
 
 from fewstep.diffusion import (
     AnalyticDenoiser,
     Backbone,
+    Cond,
     Denoiser,
     FlowSchedule,
+    Prediction,
     PredictionType,
+    Schedule,
     VPSchedule,
     consistency_sample,
     network_target,
@@ -84,41 +88,100 @@ RULES = [
 ]
 
 
-def test_the_clean_estimate_moves_with_the_state_as_the_posterior_covariance_says() -> None:
-    # d x0 / d x_t = alpha / sigma^2 Cov[x0 | x_t]
+class Exploding(VPSchedule):
+    """The same noise for each signal, with the signal left at its size."""
+
+    def alpha(self, t: Tensor) -> Tensor:
+        return torch.ones_like(super().alpha(t))
+
+    def sigma(self, t: Tensor) -> Tensor:
+        return super().sigma(t) / super().alpha(t)
+
+
+VE = Exploding(trajectory_end="clean")
+EYE = torch.eye(2).double()
+
+
+class Correlated:
+    """The exact denoiser of a mixture of Gaussians with full covariances."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+        self.means, roots = randn(3, 2, seed=4), randn(3, 2, 2, seed=5) / 2
+        self.covariances = roots @ roots.mT + 0.01 * EYE
+        self.weights = torch.tensor([0.5, 0.3, 0.2]).double()
+
+    def noisy(self, alpha: Tensor | float, sigma: Tensor | float) -> MultivariateNormal:
+        total = alpha**2 * self.covariances + sigma**2 * EYE
+        return MultivariateNormal(alpha * self.means, total)
+
+    def log_density(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
+        """Of each component with its weight, ``(B, K)``."""
+        by_component = self.noisy(alpha, sigma).log_prob(x[:, None])  # type: ignore[no-untyped-call]
+        found: Tensor = by_component + self.weights.log()
+        return found
+
+    def posterior(
+        self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean ``(B, 2)`` and covariance ``(B, 2, 2)`` of clean data."""
+        share = self.log_density(x, alpha, sigma).softmax(1)
+        total = self.noisy(alpha, sigma).covariance_matrix
+        gain = alpha * self.covariances @ torch.linalg.inv(total)
+        centre = self.means + torch.einsum("kij,bkj->bki", gain, x[:, None] - alpha * self.means)
+        spread = self.covariances - alpha * gain @ self.covariances
+        mean = torch.einsum("bk,bki->bi", share, centre)
+        away = centre - mean[:, None]
+        between = torch.einsum("bk,bki,bkj->bij", share, away, away)
+        return mean, between + torch.einsum("bk,kij->bij", share, spread)
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Cond | None = None) -> Prediction:
+        alpha, sigma = self.schedule.alpha(t[:1]), self.schedule.sigma(t[:1])
+        x0, _ = self.posterior(x_t, alpha, sigma)
+        return Prediction(x0, (x_t - alpha * x0) / sigma)
+
+
+@pytest.mark.parametrize("schedule", [VP, VE, FLOW])
+def test_the_clean_estimate_is_tweedies(schedule: Schedule) -> None:
+    denoiser, t = Correlated(schedule), torch.full((6,), 599.0).double()
+    alpha, sigma = schedule.alpha(t[:1]), schedule.sigma(t[:1])
+    x = NOISE.clone().requires_grad_()
+    (score,) = torch.autograd.grad(denoiser.log_density(x, alpha, sigma).logsumexp(1).sum(), x)
+    expected = (NOISE + sigma**2 * score) / alpha
+    torch.testing.assert_close(denoiser(NOISE, t).x0, expected, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("schedule", [VP, VE, FLOW])
+def test_the_clean_estimate_moves_with_the_state_as_the_posterior_covariance_says(
+    schedule: Schedule,
+) -> None:
+    # d x0 / d x_t = alpha / sigma^2 Cov[x0 | x_t]. Guidance acts in variance-preserving
+    # coordinates, of which the state is ``scale`` times.
     times = torch.tensor([599.0, 299.0]).double()
-    (step,) = plan_steps(VP, times, DDIM())
-    variance = (step.alpha * MIXTURE.stds) ** 2 + step.sigma**2
-    gain = step.alpha * MIXTURE.stds**2 / variance
-    offset = NOISE[:, None] - step.alpha * MIXTURE.means
-    share = (-0.5 * offset.square().sum(-1) / variance - variance.log()).softmax(-1)
-    centre = MIXTURE.means + gain[:, None] * offset
-    spread = MIXTURE.stds**2 * step.sigma**2 / variance
-    mean = (share[..., None] * centre).sum(1)
-    away = centre - mean[:, None]
-    covariance = torch.einsum("bk,bki,bkj->bij", share, away, away)
-    covariance = covariance + (share * spread).sum(1)[:, None, None] * torch.eye(2)
-    denoiser = AnalyticDenoiser(MIXTURE, VP)
+    (step,) = plan_steps(schedule, times, DDIM())
+    denoiser = Correlated(schedule)
     guided = guided_sample(denoiser, NOISE, None, times, Guidance(Linear(), Scheduled(1.0)))
     shift = ode_sample(denoiser, NOISE, None, times) - guided.samples
-    expected = step.alpha / step.sigma**2 * covariance @ DIRECTION[0]
+    alpha, sigma = (float(level(times[:1])) for level in (schedule.alpha, schedule.sigma))
+    _, covariance = denoiser.posterior(NOISE, alpha, sigma)
+    expected = step.scale_s * step.scale * alpha / sigma**2 * covariance @ DIRECTION[0]
     torch.testing.assert_close(shift, expected, rtol=0, atol=1e-8)
 
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("eta", [0.0, 1.0])
-def test_a_flow_model_takes_the_guided_steps_of_the_diffusion_model(
+def test_other_paths_take_the_guided_steps_of_the_variance_preserving_one(
     rule: StepRule, eta: float
 ) -> None:
     alpha, sigma = VP.alpha(TIMES), VP.sigma(TIMES)
     flow_times = 1000 * sigma / (alpha + sigma)
-    start = torch.hypot(FLOW.alpha(flow_times[:1]), FLOW.sigma(flow_times[:1]))
     guidance = Guidance(ENERGY, rule, Scheduled(0.1), recurrence=Recurrence(2))
     samples = []
-    for schedule, noise, times in ((VP, NOISE, TIMES), (FLOW, start * NOISE, flow_times)):
+    for schedule, times in ((VP, TIMES), (VE, TIMES), (FLOW, flow_times)):
+        start = torch.hypot(schedule.alpha(times[:1]), schedule.sigma(times[:1]))
         run = guided_sample(
-            AnalyticDenoiser(MIXTURE, schedule),
-            noise,
+            Correlated(schedule),
+            start * NOISE,
             None,
             times,
             guidance,
@@ -127,8 +190,9 @@ def test_a_flow_model_takes_the_guided_steps_of_the_diffusion_model(
             DDIM(eta),
         )
         samples.append(run.samples)
-    torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=1e-8)
-    unguided = ode_sample(AnalyticDenoiser(MIXTURE, VP), NOISE, None, TIMES)
+    for other in samples[1:]:
+        torch.testing.assert_close(other, samples[0], rtol=0, atol=1e-8)
+    unguided = ode_sample(Correlated(VP), NOISE, None, TIMES)
     assert (samples[0] - unguided).abs().max() > 1e-2
 
 
@@ -185,7 +249,7 @@ def test_time_travel_keeps_the_marginal() -> None:
     clean = clean.double()
     then = step.alpha_s * clean + step.sigma_s * randn(100_000, 2, seed=1)
     back = step.go_back(then, randn(100_000, 2, seed=2))
-    variance = step.alpha**2 * clean.T.cov() + step.sigma**2 * torch.eye(2)
+    variance = step.alpha**2 * clean.T.cov() + step.sigma**2 * EYE
     torch.testing.assert_close(back.mean(0), step.alpha * clean.mean(0), rtol=0, atol=0.02)
     torch.testing.assert_close(back.T.cov(), variance, rtol=0, atol=0.02)
 
