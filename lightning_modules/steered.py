@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import math
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -127,8 +128,8 @@ class Steered:
         try:
             if isinstance(made, Selected):
                 made.check()
-            if self.steering.largest_move is not None:
-                made.trace.check(self.steering.largest_move)
+            largest = self.steering.largest_move
+            made.trace.check(math.inf if largest is None else largest)
         except FewstepError as error:
             self.failure = self.failure or error
 

@@ -39,7 +39,8 @@ class Steering:
         checkpointing: computes the network, and the VAE, again in the backward pass instead of
             keeping their activations.
         largest_move: in standard deviations of the noise; a sample that is moved further at once
-            ends the run, as guidance has diverged. Null never does.
+            ends the run, as guidance has diverged. With null no length does, but losses and
+            samples that are not finite still end it.
         candidates: of each sample, of which the one with the lowest energy is kept (best of N).
             The first is the sample that there would be without; the others start from noise of
             their own. The energy is that of the guidance, in its random views if it has any.

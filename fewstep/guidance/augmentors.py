@@ -107,6 +107,12 @@ class DiffAugment(Augmentor):
                     "DiffAugment with joint: true moves one target, and a Sum has several; "
                     "set joint: false."
                 )
+            if target.ndim != x.ndim:
+                raise FewstepError(
+                    "DiffAugment with joint: true moves a target as it moves the sample, so it has to "
+                    f"be a picture like it, of {x.ndim} dimensions, not {tuple(target.shape)}. "
+                    "Set joint: false for labels, embeddings and the like."
+                )
             target = _by_frame(self._warp, target, 2 * uniform - 1)
         return _by_frame(self._view, x, uniform), target
 

@@ -131,6 +131,13 @@ class Guidance:
         rules = (self.state, self.clean)
         return any(rule is not None and rule.needs_cfg_gap for rule in rules)
 
+    def acts_at(self, step: Step) -> bool:
+        """Whether its rules can move a sample at a guided step, whatever the gradient."""
+        place = step.in_place() if self.inner_steps else step
+        of_state = self.state is not None and self.state.acts_at(place)
+        of_clean = self.clean is not None and self.clean.acts_at(step)
+        return of_state or (of_clean and self.clean_gain(step) != 0)
+
     def clean_gain(self, step: Step) -> float:
         """How far the state moves, at the end of a step, with the clean estimate."""
         if self.clean_noise == "kept":

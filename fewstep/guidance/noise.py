@@ -172,6 +172,12 @@ class _Search:
         self.chain, self.optimisation = chain, optimisation
         self.target, self.generator = target, generator
         self.objective = Objective(optimisation.energy, optimisation.augmentor or PLAIN)
+        if not optimisation.rule.acts_at(chain.steps[0].in_place()):
+            raise FewstepError(
+                f"The rule {type(optimisation.rule).__name__} gives noise a step of no length: its "
+                "weight is a share of the signal, and there is none. Take the weight constant, "
+                "Normalised or Polyak."
+            )
         self.rule = optimisation.rule.start()
         self.keeper = Keeper()
         self.recorder = Recorder(clock=Clock(device))

@@ -13,7 +13,7 @@ from functools import wraps
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fewstep.errors import FewstepError
 from fewstep.guidance.energies import Decoded, Target
@@ -80,6 +80,7 @@ def guide(
     """
     refuse_what_is_no_shift(guidance)
     layout = layout_of(pipe, guidance_scale)
+    refuse_offloading(pipe)
     vae = getattr(pipe, "vae", None)
     if decode and vae is not None and not isinstance(guidance.energy, Decoded):
         codec = LatentCodec.of(vae)
@@ -96,6 +97,26 @@ def guide(
         replaced.enter_context(frozen(network, guidance.energy))
         yield guided
         guided.check()
+
+
+def refuse_offloading(pipe: Any) -> None:
+    """Refuses a pipeline whose networks leave the GPU between their calls.
+
+    Raises:
+        FewstepError: if one does.
+    """
+    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
+    hooks = (getattr(module, "_hf_hook", None) for part in parts for module in part.modules())
+    if any(
+        type(hook).__name__ == "CpuOffload" or getattr(hook, "offload", False) for hook in hooks
+    ):
+        raise FewstepError(
+            "Guidance takes a gradient through network and decoder at once, and this pipeline "
+            "moves them to the CPU after each call (enable_model_cpu_offload or "
+            "enable_sequential_cpu_offload). Use pipe.remove_all_hooks() and pipe.to('cuda'); to "
+            "save memory there are checkpointing=True, pipe.vae.enable_slicing() and a window "
+            "with every."
+        )
 
 
 @contextmanager

@@ -66,7 +66,7 @@ def follow(
     loss: Tensor,
     leaf: Tensor,
     eps: Tensor,
-    minimum: float,
+    minimum: float | None,
     step: Step,
     cfg_gap: Tensor | None = None,
 ) -> tuple[Signal, Tensor, Tensor]:
@@ -79,7 +79,7 @@ def follow(
         loss: ``(B,)``, with a graph.
         leaf: what they are differentiated with respect to, ``(B, ...)``.
         eps: the predicted noise, ``(B, ...)``.
-        minimum: the loss's lower bound.
+        minimum: the loss's lower bound, if it is known.
         cfg_gap: see :class:`fewstep.guidance.rules.Signal`.
 
     Returns:
@@ -98,7 +98,8 @@ def follow(
         (gradient,) = torch.autograd.grad(loss.sum(), leaf)
     sound = gradient.flatten(1).isfinite().all(1) & loss.isfinite()
     gradient = torch.where(expand_to(sound, gradient), gradient, 0.0)
-    signal = Signal(gradient, torch.where(sound, loss.detach(), minimum), eps, minimum, cfg_gap)
+    settled = torch.where(sound, loss.detach(), minimum or 0.0)
+    signal = Signal(gradient, settled, eps, minimum, cfg_gap)
     move = rule(signal, step)
     sound = sound & move.flatten(1).isfinite().all(1)
     return signal, torch.where(expand_to(sound, move), move, 0.0), ~sound

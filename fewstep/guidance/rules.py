@@ -41,7 +41,7 @@ class Signal:
         gradient: of the loss, ``(B, ...)``.
         loss: ``(B,)``.
         eps: the predicted noise, ``(B, ...)``.
-        minimum: the loss's lower bound.
+        minimum: the loss's lower bound; None where it is not known.
         cfg_gap: what classifier-free guidance of scale ``w`` adds to the predicted noise,
             ``w (eps_cond - eps_uncond)``, ``(B, ...)``; None where it is off, or where the run's
             rules do not ask for it (:attr:`StepRule.needs_cfg_gap`).
@@ -50,7 +50,7 @@ class Signal:
     gradient: Tensor
     loss: Tensor
     eps: Tensor
-    minimum: float = 0.0
+    minimum: float | None = 0.0
     cfg_gap: Tensor | None = None
 
 
@@ -67,6 +67,10 @@ class StepRule(ABC):
     def start(self) -> Displacement:
         """The rule for one run; rules with a memory begin a new one."""
         return self.displacement
+
+    def acts_at(self, step: Step) -> bool:
+        """Whether it can move a sample at a step, if its strength is not zero."""
+        return True
 
     @property
     def needs_cfg_gap(self) -> bool:
@@ -119,6 +123,9 @@ class Scheduled(StepRule):
     def displacement(self, signal: Signal, step: Step) -> Tensor:
         return self.strength * weight_at(self.weight, step) * signal.gradient
 
+    def acts_at(self, step: Step) -> bool:
+        return weight_at(self.weight, step) != 0
+
 
 @dataclass(frozen=True)
 class Normalised(StepRule):
@@ -126,6 +133,9 @@ class Normalised(StepRule):
 
     Args:
         measure: what ``|g|`` is: the Euclidean ``norm``, or the root mean square ``rms``.
+        floor: gradients shorter than this give no step. The published codes have none, so that a
+            loss which is all but at its lowest still gets a step of full length: for constraints
+            that can be satisfied, such as an obstacle kept clear of, take 1e-6.
     """
 
     strength: float
@@ -138,6 +148,9 @@ class Normalised(StepRule):
         length = math.sqrt(gradient[0].numel()) if self.measure == "rms" else 1.0
         factor = self.strength * weight_at(self.weight, step) * length
         return factor * safe_inverse(sample_norm(gradient), self.floor) * gradient
+
+    def acts_at(self, step: Step) -> bool:
+        return weight_at(self.weight, step) != 0
 
 
 @dataclass(frozen=True)
@@ -204,6 +217,12 @@ class Polyak(StepRule):
     def displacement(self, signal: Signal, step: Step) -> Tensor:
         gradient = signal.gradient
         if self.gap == "loss":
+            if signal.minimum is None:
+                raise FewstepError(
+                    "The genuine Polyak step needs the loss's lower bound, and the energy has none. "
+                    "Give the energy its minimum (a Reward can have a goal instead), or take "
+                    "another rule, such as Normalised."
+                )
             gap = expand_to((signal.loss - signal.minimum).clamp_min(0), gradient)
         else:
             gap = sample_norm(signal.eps)
@@ -259,7 +278,8 @@ class Capped(StepRule):
     A last step that ends at clean data has no noise left and so is not moved.
 
     Args:
-        radius: 0.05 to 0.2.
+        radius: 0.05 to 0.2 for many steps. In few, where each has a longer way to go, larger ones
+            can serve; near 1 it is no bound but the length of the step.
     """
 
     rule: StepRule
@@ -268,6 +288,9 @@ class Capped(StepRule):
     @property
     def needs_cfg_gap(self) -> bool:
         return self.rule.needs_cfg_gap
+
+    def acts_at(self, step: Step) -> bool:
+        return step.sigma_s > 0 and self.rule.acts_at(step)
 
     def displacement(self, signal: Signal, step: Step) -> Tensor:
         return self._within(self.rule.displacement(signal, step), step)

@@ -17,7 +17,6 @@ from fewstep.guidance.energies.base import row_counts
 from fewstep.guidance.freezing import frozen
 from fewstep.guidance.guidance import Guidance
 from fewstep.guidance.rounds import Guider, Walk
-from fewstep.guidance.rules import Capped
 from fewstep.guidance.steps import DDIM, BaseStep, Step, plan_steps
 from fewstep.guidance.trace import LARGEST_MOVE, Clock, Recorder, Trace
 from fewstep.seeding import Generators, normal_like, torch_generator
@@ -90,7 +89,8 @@ def guided_sample(
 def own_stream(generator: Generators) -> Generators:
     """A stream of random numbers beside a generator's, without drawing from it.
 
-    It follows from the generator's state: the next batch of the same generator has another one.
+    It follows from the generator's state: the next batch of the same generator has another one if
+    the generator drew anything in between, such as that batch's initial noise.
     """
     if generator is None:
         return None
@@ -126,23 +126,25 @@ def refuse_idle(guidance: Guidance, steps: Sequence[Step]) -> None:
     """Refuses guidance that moves nothing on its way.
 
     Raises:
-        FewstepError: if no step is in its window, or if its rules move by a share of the noise that
-            is left at a step's end and the guided ones all end at clean data.
+        FewstepError: if no step is in its window, or if its rules give none of the guided ones any
+            length: a share of the noise that is left, where all end at clean data, or of the
+            signal, where all begin at pure noise.
     """
     window = guidance.window
-    left = [step.sigma_s for step in steps if window.holds(step)]
-    if not left:
+    guided = [step for step in steps if window.holds(step)]
+    if not guided:
         times = ", ".join(f"{step.t:g}" for step in steps[:8]) + (", ..." if steps[8:] else "")
         raise FewstepError(
             f"Guidance acts at no step: none of the times {times} is in its window (above low "
             f"{window.low:g}, up to high {window.high:g}, every {window.every}). Widen the "
             "window, or take more steps."
         )
-    rules = [rule for rule in (guidance.state, guidance.clean) if rule is not None]
-    idle = not any(left) and all(isinstance(rule, Capped) for rule in rules)
-    if idle and not guidance.inner_steps:
+    if not any(guidance.acts_at(step) for step in guided):
         raise FewstepError(
-            "A Capped rule moves by a share of the noise that is left at a step's end, and the "
-            "only guided step ends at clean data, so nothing would move. Set inner_steps: 1 or "
-            "more, which act at its start, or take more steps."
+            "Guidance would move nothing: its rules give a step of no length at each of the guided "
+            f"times {', '.join(f'{step.t:g}' for step in guided[:8])}. Capped moves by a share of "
+            "the noise that is left at a step's end, and there is none at clean data: set "
+            "inner_steps: 1 or more, which act at its start, or take more steps. Rules with the "
+            "weight signal or increase, such as FreeDoM's, move by a share of the signal, and a "
+            "flow model has none at pure noise: take the weight constant, Normalised or Polyak."
         )

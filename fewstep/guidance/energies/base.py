@@ -23,8 +23,8 @@ class Energy(ABC):
     """
 
     @property
-    def minimum(self) -> float:
-        """The loss's lower bound, which the genuine Polyak step needs."""
+    def minimum(self) -> float | None:
+        """The loss's lower bound, which the genuine Polyak step needs; None if it is not known."""
         return 0.0
 
     @abstractmethod

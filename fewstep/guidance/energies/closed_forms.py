@@ -47,12 +47,17 @@ class MixtureLikelihood(Energy):
     Args:
         mixture: components with labels.
         form: ``class`` is ``-log p(target | x0)``, what a perfect classifier says; ``density`` is
-            ``-log p(x0 | target)`` up to a constant, whose lower bound has to be given.
+            ``-log p(x0 | target)`` up to a constant.
+        minimum: lower bound of ``density``, which only the genuine Polyak step asks for.
     """
 
     mixture: GaussianMixture
     form: Literal["class", "density"] = "class"
-    minimum: float = 0.0
+    minimum: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.form == "class":
+            object.__setattr__(self, "minimum", 0.0)  # frozen
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
         labels = needed(target, self, "the class label of each sample", x0)

@@ -55,7 +55,7 @@ class Decoded(Energy):
             raise FewstepError("Decoded with frames: [] sees nothing; leave frames out for all.")
 
     @property
-    def minimum(self) -> float:
+    def minimum(self) -> float | None:
         return self.energy.minimum
 
     def staged(self) -> tuple[Callable[[Tensor], Tensor], Energy]:

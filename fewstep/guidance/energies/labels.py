@@ -42,18 +42,22 @@ class Reward(Energy):
             target ``(N, ...)`` too where there is one.
         goal: the energy is how far the reward is below it, and nothing is gained beyond; without
             a goal it is minus the reward.
-        minimum: lower bound of minus the reward, for the genuine Polyak step without a goal.
+        minimum: lower bound of minus the reward, which only the genuine Polyak step asks for. With
+            a goal it is 0.
     """
 
     network: nn.Module
     goal: float | None = None
-    minimum: float = 0.0
+    minimum: float | None = None
 
     def __post_init__(self) -> None:
-        if self.goal is not None and self.minimum:
+        if self.goal is None:
+            return
+        if self.minimum:
             raise FewstepError(
                 "A Reward with a goal has its minimum at 0; leave out goal or minimum."
             )
+        object.__setattr__(self, "minimum", 0.0)  # frozen
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:
         network = settled(self.network, self, x0)

@@ -58,9 +58,11 @@ class Sum(Energy):
         return self.weights.get(name, 1.0)
 
     @property
-    def minimum(self) -> float:
-        """The weighted sum of the parts' lower bounds."""
-        return math.fsum(self.weight(name) * part.minimum for name, part in self.parts.items())
+    def minimum(self) -> float | None:
+        """The weighted sum of the parts' lower bounds; None if one of them has none."""
+        bounds = {name: part.minimum for name, part in self.parts.items()}
+        known = [self.weight(name) * x for name, x in bounds.items() if x is not None]
+        return math.fsum(known) if len(known) == len(bounds) else None
 
     def losses(self, x0: Tensor, target: Target) -> dict[str, Tensor]:
         """Each part's losses ``(N,)``, without its weight."""
@@ -112,7 +114,7 @@ class EachFrame(Energy):
         _refuse_decoding(self.energy, self)
 
     @property
-    def minimum(self) -> float:
+    def minimum(self) -> float | None:
         return self.energy.minimum
 
     def __call__(self, x0: Tensor, target: Target) -> Tensor:

@@ -92,6 +92,8 @@ def test_a_joint_target_moves_with_its_picture_and_keeps_its_colours() -> None:
     assert (target - X).abs().max() > 0.1
     with pytest.raises(FewstepError, match="cutout: 0"):
         DiffAugment(joint=True)
+    with pytest.raises(FewstepError, match="joint: false for labels"):
+        augment(X, torch.zeros(2).long(), uniform)
 
 
 class Angle(Energy):

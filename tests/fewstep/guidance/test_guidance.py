@@ -7,23 +7,31 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from fewstep.diffusion import ode_sample
+from fewstep.diffusion import AnalyticDenoiser, FlowSchedule, VPSchedule, ode_sample
 from fewstep.errors import FewstepError
 from fewstep.guidance import (
     DDIM,
     Capped,
     DiffAugment,
     Downsample,
+    EachFrame,
     Guidance,
     LinearMeasurement,
+    Matrix,
+    MixtureLikelihood,
+    NoiseOptimisation,
     Polyak,
     Recurrence,
     Scheduled,
     Smoothing,
+    Sum,
     Window,
     guided_sample,
+    optimise_noise,
     plan_steps,
 )
+from fewstep.guidance.rules import Weight
+from fewstep.networks import ring
 
 from guided import MATRIX, NOISE, TARGET, TIMES
 
@@ -77,9 +85,45 @@ def test_guidance_that_moves_nothing_on_its_way_is_refused(net: Any) -> None:
     with pytest.raises(FewstepError, match="times 999, 699, 399, 199 is in its window"):
         guided_sample(net, NOISE, None, TIMES, guidance, TARGET)
     last = Guidance(MATRIX, Capped(Scheduled(9.0)), window=Window(high=199))
-    with pytest.raises(FewstepError, match="only guided step ends at clean data"):
+    with pytest.raises(FewstepError, match="no length at each of the guided times 199"):
         guided_sample(net, NOISE, None, TIMES, last, TARGET)
     guided_sample(net, NOISE, None, TIMES, replace(last, window=Window(high=399)), TARGET)
+
+
+@pytest.mark.parametrize("weight", ["signal", "increase"])
+@pytest.mark.parametrize("inner_steps", [0, 2])
+def test_a_share_of_the_signal_is_refused_where_a_flow_has_none(
+    weight: Weight, inner_steps: int
+) -> None:
+    denoiser = AnalyticDenoiser(ring(5), FlowSchedule())
+    times, noise = torch.tensor([1000.0, 0.0]).double(), NOISE[:, :2]
+    energy = LinearMeasurement(Matrix(torch.tensor([[0.6, -0.8]]).double()))
+    guidance = Guidance(energy, Scheduled(5.0, weight), inner_steps=inner_steps)
+    with pytest.raises(FewstepError, match="a flow model has none at pure noise"):
+        guided_sample(denoiser, noise, None, times, guidance, noise[:, :1])
+    optimisation = NoiseOptimisation(energy, Scheduled(5.0, weight), iterations=1)
+    with pytest.raises(FewstepError, match="gives noise a step of no length"):
+        optimise_noise(denoiser, noise, None, times, optimisation, noise[:, :1])
+    steady = replace(guidance, state=Scheduled(5.0))
+    found = guided_sample(denoiser, noise, None, times, steady, noise[:, :1])
+    assert found.trace.displacement.min() > 0
+
+
+def test_a_step_to_the_minimum_needs_one() -> None:
+    times, noise = TIMES, NOISE[:, :2]
+    denoiser = AnalyticDenoiser(ring(5), VPSchedule(trajectory_end="clean"))
+    labels = torch.zeros(3).long()
+    for minimum in (None, -5.0):
+        energy = MixtureLikelihood(denoiser.mixture, "density", minimum)
+        for whole in (energy, Sum({"one": energy}), EachFrame(energy)):
+            assert whole.minimum == minimum
+        guidance = Guidance(energy, Capped(Polyak(gap="loss")))
+        if minimum is None:
+            with pytest.raises(FewstepError, match="needs the loss's lower bound"):
+                guided_sample(denoiser, noise, None, times, guidance, labels)
+        else:
+            found = guided_sample(denoiser, noise, None, times, guidance, labels)
+            assert found.trace.displacement[:-1].min() > 0
 
 
 def test_guidance_is_built_from_an_experiment_file() -> None:

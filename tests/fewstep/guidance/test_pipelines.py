@@ -364,7 +364,7 @@ def test_guidance_that_moves_nothing_is_refused(pipeline: Any) -> None:
         run(pipe, "sd")
     flow = pipeline("sd3")
     last = Guidance(Near(-1.0), Capped(Normalised(1.0)), window=Window(high=300))
-    with guide(flow, last), pytest.raises(FewstepError, match="ends at clean data"):
+    with guide(flow, last), pytest.raises(FewstepError, match="there is none at clean data"):
         run(flow, "sd3", steps=2)
 
 
@@ -500,6 +500,20 @@ def test_what_pipelines_do_that_guidance_cannot_follow_is_refused(pipeline: Any)
         guide(pipe, Guidance(Near(-1.0), Normalised(1e4))),
     ):
         run(pipe, "sd")
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_networks_that_leave_the_device_after_a_call_are_refused(
+    pipeline: Any, whole: bool
+) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    pipe = pipeline("sd")
+    if whole:  # as enable_model_cpu_offload does
+        accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
+    else:  # as enable_sequential_cpu_offload does
+        accelerate.cpu_offload(pipe.vae, torch.device("cpu"))
+    with pytest.raises(FewstepError, match="remove_all_hooks"):
+        guide(pipe, DARK).__enter__()
 
 
 def test_pure_noise_of_a_flow_has_no_score(pipeline: Any) -> None:

@@ -84,6 +84,12 @@ def test_a_vanished_gradient_gives_no_step(rule: StepRule) -> None:
     assert torch.equal(move[[0, 2]], rule.displacement(signal(), STEP)[[0, 2]])
 
 
+def test_a_satisfied_constraint_can_be_left_alone() -> None:
+    faint = Signal(1e-9 * G, LOSS, EPS)
+    assert lengths(Normalised(0.3).displacement(faint, STEP)).min() > 0.29
+    assert not Normalised(0.3, floor=1e-6).displacement(faint, STEP).any()
+
+
 def test_normalised_steps_have_the_length_that_was_asked_for() -> None:
     torch.testing.assert_close(
         lengths(Normalised(0.3).displacement(signal(), STEP)), torch.full((3,), 0.3).double()

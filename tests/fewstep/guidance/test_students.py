@@ -152,7 +152,7 @@ def test_a_capped_rule_that_could_never_move_anything_is_refused(options: Any) -
     schedule = FlowSchedule()
     student: DenoiserLike = Jumper(schedule)
     guidance = Guidance(ENERGY, **options)
-    with pytest.raises(FewstepError, match="Set inner_steps: 1 or more"):
+    with pytest.raises(FewstepError, match="set inner_steps: 1 or more"):
         guided_sample(student, NOISE, None, one_step_times(schedule), guidance, TARGET)
     run = guided_sample(student, NOISE, None, schedule.spaced_times(2), guidance, TARGET)
     assert run.trace.displacement[0].min() > 0

@@ -84,7 +84,8 @@ def test_a_reward_is_made_large_up_to_its_goal() -> None:
     assert not gradient[2].any()
     told = Reward(network)(pixels, torch.tensor([0.0, 0.2, 0.0]))
     torch.testing.assert_close(told, torch.tensor([0.25, 0.0, 0.81]), rtol=0, atol=1e-6)
-    assert Reward(network, minimum=-1.0).minimum == -1.0
+    bounds = Reward(network), Reward(network, minimum=-1.0), Reward(network, goal=0.5)
+    assert [energy.minimum for energy in bounds] == [None, -1.0, 0.0]
     with pytest.raises(FewstepError, match="minimum at 0"):
         Reward(network, goal=0.5, minimum=-1.0)
 
