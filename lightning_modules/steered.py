@@ -77,6 +77,8 @@ class Steered:
         steering = self.steering
         for network in steering.networks():  # which need not be part of any module
             network.to(noise.device)
+        if steering.detach_null:
+            denoiser = Guided(denoiser.denoiser, denoiser.guidance_scale, True, denoiser.channels)
         guidance, best = steering.of_latents(codec), steering.best_of(codec)
         aims = None if target is None else target.to(noise.device)
         draw = partial(self._drawn, denoiser, chain, guidance)

@@ -35,6 +35,10 @@ class Steering:
             is wanted; and it is sampled without classifier-free guidance.
         sees: whether the energy sees the ``pixels`` that a pipeline's VAE makes of latents, or the
             ``latents``; without a VAE samples are what they are.
+        frames: of latent videos, which ones to decode for the energy, counted in pixels; all by
+            default. Each is decoded at every gradient, which takes time and memory.
+        detach_null: with a condition and ``sampling_guidance``, no gradient through the
+            unconditional branch: less memory, and another direction.
         base: how a step is taken without guidance; by default as the method itself samples.
         checkpointing: computes the network, and the VAE, again in the backward pass instead of
             keeping their activations.
@@ -52,6 +56,8 @@ class Steering:
     pictures: bool = False
     unconditional: bool = True
     sees: Literal["pixels", "latents"] = "pixels"
+    frames: list[int] | None = None
+    detach_null: bool = False
     base: BaseStep | None = None
     checkpointing: bool = False
     largest_move: float | None = LARGEST_MOVE
@@ -60,6 +66,11 @@ class Steering:
 
     def __post_init__(self) -> None:
         self._check_candidates()
+        if self.detach_null and self.unconditional:
+            raise FewstepError(
+                "steering.detach_null is for classifier-free guidance, and with unconditional: "
+                "true there is none. Set unconditional: false, or leave it out."
+            )
         if self.pictures and (self.target in (None, "prompt") or self.sees == "latents"):
             raise FewstepError(
                 "steering.pictures says that the target is pictures: it needs a target that names "
@@ -146,8 +157,13 @@ class Steering:
     def _decoded(self, energy: Energy, codec: LatentCodec | None) -> Energy:
         """An energy of what samples are: pixels, or latents of a codec."""
         if codec is None or self.sees == "latents":
+            if self.frames is not None:
+                raise FewstepError(
+                    "steering.frames names frames to decode, and here nothing is decoded. Leave it "
+                    "out."
+                )
             return energy
-        return Decoded(energy, codec, None, self.checkpointing, at_once=1)
+        return Decoded(energy, codec, self.frames, self.checkpointing, at_once=1)
 
     def _seen(self, pictures: Tensor) -> Tensor:
         """What the energy compares of pictures ``(B, C, H, W)``."""

@@ -109,8 +109,8 @@ class DiffAugment(Augmentor):
                 )
             if target.ndim != x.ndim:
                 raise FewstepError(
-                    "DiffAugment with joint: true moves a target as it moves the sample, so it has to "
-                    f"be a picture like it, of {x.ndim} dimensions, not {tuple(target.shape)}. "
+                    "DiffAugment with joint: true moves a target as it moves the sample, so it has "
+                    f"to be a picture like it, of {x.ndim} dimensions, not {tuple(target.shape)}. "
                     "Set joint: false for labels, embeddings and the like."
                 )
             target = _by_frame(self._warp, target, 2 * uniform - 1)

@@ -219,8 +219,8 @@ class Polyak(StepRule):
         if self.gap == "loss":
             if signal.minimum is None:
                 raise FewstepError(
-                    "The genuine Polyak step needs the loss's lower bound, and the energy has none. "
-                    "Give the energy its minimum (a Reward can have a goal instead), or take "
+                    "The genuine Polyak step needs the loss's lower bound, and the energy has "
+                    "none. Give the energy its minimum (a Reward can have a goal instead), or take "
                     "another rule, such as Normalised."
                 )
             gap = expand_to((signal.loss - signal.minimum).clamp_min(0), gradient)

@@ -23,6 +23,7 @@ from fewstep.guidance import (
     PictureNetwork,
     Scheduled,
     Target,
+    Window,
     augmented_polyak,
     freedom,
     guided_sample,
@@ -33,9 +34,10 @@ from fewstep.networks.mixture import RingMixture
 from fewstep.seeding import torch_generator
 from lightning_modules import FewStepModule, Steering, TrainingFreeGuidance
 from lightning_modules.chains import PLAIN_ODE, chain_of
+from lightning_modules.roles import Pretrained
 from lightning_modules.steered import Steered
 
-from tiny_transformers import save_dit
+from tiny_transformers import SAVES, save_dit
 from training_runs import method
 
 COND = {"class_labels": torch.arange(6) % 10}
@@ -345,24 +347,68 @@ def test_a_sample_without_a_sound_candidate_is_reported_when_asked() -> None:
     assert "None of 2 candidates" in str(account.failure)
 
 
-def test_captions_that_a_network_cannot_read_are_for_the_guide(tmp_path: Path) -> None:
-    class Brightness(Energy):
-        """How far a picture's mean is from the number of letters less three."""
+class Brightness(Energy):
+    """How far the mean of a picture or video is from the number of letters less three."""
 
-        def encode(self, prompts: Sequence[str]) -> Tensor:
-            return torch.tensor([len(prompt) - 3.0 for prompt in prompts])
+    def encode(self, prompts: Sequence[str]) -> Tensor:
+        return torch.tensor([len(prompt) - 3.0 for prompt in prompts])
 
-        def __call__(self, x0: Tensor, target: Target) -> Tensor:
-            assert isinstance(target, Tensor)
-            return (x0.flatten(1).mean(1) - target).abs()
+    def __call__(self, x0: Tensor, target: Target) -> Tensor:
+        assert isinstance(target, Tensor)
+        return (x0.flatten(1).mean(1) - target).abs()
 
-    guidance = Guidance(Brightness(), Normalised(1.0))
-    module = TrainingFreeGuidance(str(save_dit(tmp_path / "dit")), Steering(guidance, "prompt"))
-    module.configure_model()
+
+BRIGHT = Guidance(Brightness(), Normalised(1.0), window=Window(high=999))
+
+
+def mean_brightness(module: FewStepModule, prompt: str, labels: Tensor | None = None) -> Tensor:
     start = torch.randn(2, *module.sample_shape, generator=torch_generator(0, "n"))
-    labels = {"class_labels": torch.tensor([1, 2])}
-    means = [
-        module.decode(module.sample(start, labels, 4, prompt=[prompt] * 2)).mean()
-        for prompt in ("a", "abcde")
-    ]
-    assert means[0] < means[1] - 0.01
+    cond = None if labels is None else {"class_labels": labels}
+    return module.decode(module.sample(start, cond, 4, prompt=[prompt] * 2)).mean()
+
+
+def test_captions_that_a_network_cannot_read_are_for_the_guide(tmp_path: Path) -> None:
+    module = TrainingFreeGuidance(str(save_dit(tmp_path / "dit")), Steering(BRIGHT, "prompt"))
+    module.configure_model()
+    labels = torch.tensor([1, 2])
+    dark, bright = (mean_brightness(module, prompt, labels) for prompt in ("a", "abcde"))
+    assert dark < bright - 0.01
+
+
+@pytest.mark.parametrize("name", ["sd", "sdxl"])
+@pytest.mark.parametrize("scale", [1.0, 4.0])
+def test_text_pipelines_are_steered_by_what_a_guide_reads(
+    tmp_path: Path, name: str, scale: float
+) -> None:
+    """Told the prompt, on top of classifier-free guidance, as well as not told it at all."""
+    folder = str(SAVES[name](tmp_path / name))
+    blind = Steering(BRIGHT, "prompt", unconditional=scale == 1, checkpointing=True)
+    module = TrainingFreeGuidance(folder, blind, sampling_guidance=scale)
+    module.configure_model()
+    found = {prompt: mean_brightness(module, prompt) for prompt in ("a", "abcde")}
+    assert found["a"] < found["abcde"] - 0.01
+    if scale == 1:
+        return
+    module.steer(replace(blind, detach_null=True))
+    assert mean_brightness(module, "a") != found["a"]
+    with pytest.raises(FewstepError, match="detach_null is for classifier-free guidance"):
+        replace(blind, unconditional=True, detach_null=True)
+
+
+def test_few_frames_of_a_video_can_stand_for_all(tmp_path: Path) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    class Watching(Brightness):
+        def __call__(self, x0: Tensor, target: Target) -> Tensor:
+            seen.append(tuple(x0.shape))
+            return super().__call__(x0, target)
+
+    steering = Steering(replace(BRIGHT, energy=Watching()), "prompt", frames=[0, 4])
+    clips = Pretrained(str(SAVES["wan"](tmp_path / "wan")), (32, 32), 5)
+    module = TrainingFreeGuidance(clips, steering)
+    module.configure_model()
+    mean_brightness(module, "a")
+    assert set(seen) == {(2, 3, 2, 32, 32)}
+    pixels = built("teacher")
+    with pytest.raises(FewstepError, match="here nothing is decoded"):
+        sampled(pixels, 2, Steering(STRONG, frames=[0]))

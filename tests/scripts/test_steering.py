@@ -103,6 +103,17 @@ def test_an_option_steers_as_the_experiment_does_and_keeps_its_results_apart(her
     assert values(steered) == pytest.approx(plain, rel=1e-4)  # and nothing of the run before it
 
 
+def test_samples_of_a_steered_run_are_drawn_and_kept_apart(here: Path) -> None:
+    unguided = ["guidance/analytic/unguided", "--steps", "4", "--count", "16"]
+    command("sample", *unguided)
+    command("sample", *unguided, "--steering", "guidance/analytic/polyak")
+    (plain,), (steered,) = (
+        list((Path("runs/guidance/analytic") / name / "version_0/samples").glob("*.png"))
+        for name in ("unguided", "unguided+polyak")
+    )
+    assert plain.read_bytes() != steered.read_bytes()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -12,12 +12,17 @@ from diffusers import (
     DDIMScheduler,
     DDPMPipeline,
     DDPMScheduler,
+    DEISMultistepScheduler,
     DPMSolverMultistepScheduler,
     EulerAncestralDiscreteScheduler,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     HeunDiscreteScheduler,
+    LCMScheduler,
+    LMSDiscreteScheduler,
+    PNDMScheduler,
     StableDiffusionImg2ImgPipeline,
+    TCDScheduler,
     UNet2DModel,
     UniPCMultistepScheduler,
 )
@@ -250,6 +255,12 @@ SCHEDULERS = [
     ("sd", EulerDiscreteScheduler, {}),
     ("sd", EulerAncestralDiscreteScheduler, {}),
     ("sd", HeunDiscreteScheduler, {}),
+    ("sd", PNDMScheduler, {}),  # that of released Stable Diffusion, with its Runge-Kutta beginning
+    ("sd", PNDMScheduler, {"skip_prk_steps": True}),
+    ("sd", DEISMultistepScheduler, {}),
+    ("sd", LMSDiscreteScheduler, {}),
+    ("sd", LCMScheduler, {}),
+    ("sd", TCDScheduler, {}),
     ("sd2-v", DPMSolverMultistepScheduler, {}),
     ("sd3", FlowMatchEulerDiscreteScheduler, {"shift": 1.0}),
 ]
@@ -269,6 +280,18 @@ def test_all_kinds_of_schedulers_lead_to_a_lower_loss(
             run(pipe, name, steps=8)
         losses.append(guided.trace.loss[-1])
     assert bool((losses[1] < losses[0]).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_pipelines_in_half_precision_are_guided(pipeline: Any, dtype: torch.dtype) -> None:
+    pipe, losses = pipeline("sd").to(dtype), []
+    for strength in (0.0, 100.0):
+        rule = Capped(Scheduled(strength, "score"), 0.1)
+        with guide(pipe, Guidance(Near(-1.0), rule)) as guided:
+            assert run(pipe, "sd").dtype == dtype
+        losses.append(guided.trace.loss[-1])
+        assert guided.trace.gradient_norm.min() > 0
+    assert bool((losses[1] < losses[0] - 0.01).all())
 
 
 def test_levels_are_those_that_the_schedulers_noise_samples_with() -> None:

@@ -37,6 +37,7 @@ from fewstep.guidance import (
     Scheduled,
     StepRule,
     guided_sample,
+    plain_sample,
     plan_steps,
 )
 from fewstep.networks import ring
@@ -204,6 +205,19 @@ def test_what_a_network_predicts_makes_no_difference(prediction_type: Prediction
         for kind in ("epsilon", prediction_type)
     )
     torch.testing.assert_close(one.samples, other.samples, rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("schedule", [VPSchedule(), VP, FlowSchedule(3.0)])
+def test_without_strength_a_walk_is_to_the_bit_what_it_is_without_guidance(
+    schedule: Schedule, eta: float
+) -> None:
+    times, none = schedule.spaced_times(6), Guidance(ENERGY, Scheduled(0.0), Scheduled(0.0))
+    denoiser, base = Correlated(schedule), DDIM(eta)
+    one, other = (torch.Generator().manual_seed(3) for _ in range(2))
+    walk = guided_sample(denoiser, NOISE, None, times, none, TARGET, one, base)
+    plain = plain_sample(denoiser, NOISE, None, times, other, base)
+    assert torch.equal(walk.samples, plain.samples)
 
 
 @pytest.mark.parametrize("schedule", [VPSchedule(), VP, FlowSchedule(3.0)])
