@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,7 +151,7 @@ def measure(
     return times
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Prints the times and their ratios to one view."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--pixels", type=int, default=56, help="side of what the guide sees")
     parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--anew", action="store_true", help="also decode each view by itself")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     times = measure(runs(options), options.blocks, options.device)
     found = {name: statistics.median(seconds) for name, seconds in times.items()}
     first = found[f"K = {VIEWS[0]}"]

@@ -118,7 +118,7 @@ class Correlated:
 
     def log_density(self, x: Tensor, alpha: Tensor | float, sigma: Tensor | float) -> Tensor:
         """Of each component with its weight, ``(B, K)``."""
-        by_component = self.noisy(alpha, sigma).log_prob(x[:, None])  # type: ignore[no-untyped-call]
+        by_component = self.noisy(alpha, sigma).log_prob(x[:, None])
         found: Tensor = by_component + self.weights.log()
         return found
 
