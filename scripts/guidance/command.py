@@ -23,7 +23,7 @@ results. With the same options every method gets the same effort.
   --knobs A,B          which numbers: fields of the guidance, such as state.rule.strength,
                        smoothing.scale, recurrence.count, or of optimised noise, such as
                        rule.radius; all strengths by default. One is searched along a line, several
-                       by TFG's greedy beam, from the experiment's numbers
+                       by TFG's greedy beam, from --begin times the experiment's numbers
   --max_distance R     a setting whose samples are more than R times as far from the nearest data as
                        unguided samples, at any number of steps, cannot win
   --tuner.class_path C --tuner.init_args.X ...   a fewstep.guidance.Judge. By default that of the
