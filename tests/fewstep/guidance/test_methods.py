@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,6 +16,8 @@ from torch import Tensor
 from fewstep.guidance import (
     DDIM,
     Augmentor,
+    BaseStep,
+    FixedShare,
     Guidance,
     LinearMeasurement,
     Matrix,
@@ -58,7 +61,7 @@ class Loop:
     """The parts that all published loops share."""
 
     net: Any
-    eta: float
+    base: BaseStep
 
     def __post_init__(self) -> None:
         self.draws = torch.Generator().manual_seed(5)
@@ -68,9 +71,12 @@ class Loop:
         self.abar = [float(a) for a in self.net.schedule.alpha(TIMES) ** 2]
 
     def levels(self, i: int) -> tuple[float, float, float]:
-        """alpha-bar now and then, and the standard deviation of DDIM's noise."""
+        """alpha-bar now and then, and the standard deviation of the fresh noise."""
         now, then = self.abar[i], self.abar[i + 1]
-        return now, then, self.eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
+        if isinstance(self.base, FixedShare):  # "DDIM with eta 0.5" of FreeDoM's release
+            return now, then, 0.5 * math.sqrt(1 - then)
+        eta = 0.0 if self.base == DDIM(0) else 1.0
+        return now, then, eta * math.sqrt((1 - then) / (1 - now) * (1 - now / then))
 
     def tweedie(self, x: Tensor, i: int) -> tuple[Tensor, Tensor]:
         eps = self.net.noise(x, float(TIMES[i]))
@@ -153,10 +159,11 @@ def plain_universal(loop: Loop, x: Tensor, i: int) -> Tensor:
     return loop.ddim((x - noise * eps) / signal, eps, i)
 
 
-def plain_tfg(loop: Loop, x: Tensor, i: int) -> Tensor:
+def plain_tfg(loop: Loop, x: Tensor, i: int, schedule: str = "increase") -> Tensor:
     now, then, _ = loop.levels(i)
     kept = [a / b for a, b in itertools.pairwise(loop.abar)]
-    weight = len(kept) * kept[i] / sum(kept)
+    size = {"increase": kept, "decrease": [1 - a for a in kept], "constant": [1.0] * len(kept)}
+    weight = len(kept) * size[schedule][i] / sum(size[schedule])
     x0, eps = loop.tweedie(x, i)
     moved = loop.ddim(x0, eps, i)
     xi = torch.randn(BATCH, 2, 4, generator=loop.beside, dtype=torch.float64)
@@ -215,6 +222,14 @@ CASES: dict[str, tuple[Guidance, Move, Callable[[int], int]]] = {
     "mpgd_rms": (mpgd(ENERGY, 0.1), plain_mpgd_rms, once),
     "universal": (universal(ENERGY, 0.3, 0.2, 3, repeats=2), plain_universal, lambda i: 2),
     "tfg": (tfg(ENERGY, 0.4, 0.1, 0.5, copies=2, repeats=2), plain_tfg, lambda i: 2),
+    **{
+        f"tfg_{schedule}": (
+            tfg(ENERGY, 0.4, 0.1, 0.5, copies=2, repeats=2, schedule=schedule),
+            partial(plain_tfg, schedule=schedule),
+            lambda i: 2,
+        )
+        for schedule in ("decrease", "constant")
+    },
     "shen": (
         augmented_polyak(ENERGY, 0.05, Stretch(), cap=None, window=Window(300), recurrence=MIDDLE),
         plain_shen,
@@ -223,11 +238,11 @@ CASES: dict[str, tuple[Guidance, Move, Callable[[int], int]]] = {
 }
 
 
-@pytest.mark.parametrize("eta", [0.0, 1.0])
+@pytest.mark.parametrize("base", [DDIM(0), DDIM(1), FixedShare(0.5)])
 @pytest.mark.parametrize("name", CASES)
-def test_a_method_is_the_loop_that_its_paper_describes(net: Any, name: str, eta: float) -> None:
+def test_a_method_is_the_loop_that_its_paper_describes(net: Any, name: str, base: BaseStep) -> None:
     guidance, move, rounds = CASES[name]
-    expected = Loop(net, eta).run(move, rounds)
+    expected = Loop(net, base).run(move, rounds)
     ours = guided_sample(
         net,
         NOISE,
@@ -236,9 +251,9 @@ def test_a_method_is_the_loop_that_its_paper_describes(net: Any, name: str, eta:
         guidance,
         Y,
         torch.Generator().manual_seed(5),
-        DDIM(eta),
+        base,
         largest_move=None,
     )
     torch.testing.assert_close(ours.samples, expected, rtol=0, atol=1e-10)
-    unguided = Loop(net, eta).run(lambda loop, x, i: loop.ddim(*loop.tweedie(x, i), i), rounds)
+    unguided = Loop(net, base).run(lambda loop, x, i: loop.ddim(*loop.tweedie(x, i), i), rounds)
     assert (ours.samples - unguided).abs().max() > 1e-3

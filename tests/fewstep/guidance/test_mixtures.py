@@ -202,6 +202,12 @@ def test_the_published_polyak_step_diverges_on_a_cross_entropy_and_says_so(
     assert samples.norm(dim=1).max() < 5
 
 
+def test_the_published_polyak_step_can_diverge_on_a_distance_too() -> None:
+    """The gradient of a norm has a length, but what lies before it can flatten."""
+    with pytest.raises(FewstepError, match="Guidance diverged"):
+        walk(augmented_polyak(Features(), 0.01, cap=None), 50)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_a_guided_few_step_student_stays_on_the_modes_where_posterior_means_do_not(
