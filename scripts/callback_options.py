@@ -14,6 +14,7 @@ from fewstep.errors import FewstepError, nearest
 CALLBACKS = "trainer.callbacks"
 # A class's name, unlike an option of the last callback, begins with a capital letter.
 _OPTION = re.compile(rf"--({re.escape(CALLBACKS)}\.[A-Z][^=]*)(?:=(.*))?", re.S)
+_SMALL = re.compile(rf"--{re.escape(CALLBACKS)}\.([a-z_]+)\.[^=]+(?:=.*)?", re.S)
 _WHOLE = re.compile(rf"--{re.escape(CALLBACKS)}(?:=(.*))?", re.S)
 
 
@@ -45,6 +46,26 @@ def class_name(callback: Mapping[str, Any]) -> str:
     return str(callback["class_path"]).rpartition(".")[2]
 
 
+def listed(callbacks: Any) -> list[dict[str, Any]]:
+    """Callbacks as a list of classes and their options, however they were written."""
+    found = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    return [{"class_path": one} if isinstance(one, str) else one for one in found]
+
+
+def extended(callbacks: Any, added: Any) -> list[dict[str, Any]]:
+    """A list with the callbacks of ``callbacks+``.
+
+    One of a class that the list has already sets that one's options: two of a kind would save,
+    prune and judge against each other.
+    """
+    found = {class_name(one): one for one in listed(callbacks)}
+    for one in listed(added):
+        before = found.get(class_name(one)) or {}
+        options = {**(before.get("init_args") or {}), **(one.get("init_args") or {})}
+        found[class_name(one)] = {**before, **one, "init_args": options}
+    return list(found.values())
+
+
 def set_callbacks(arguments: list[str], contents: Mapping[str, Any]) -> list[str]:
     """Sets options of single callbacks, which a parser that knows only the list does not.
 
@@ -53,7 +74,8 @@ def set_callbacks(arguments: list[str], contents: Mapping[str, Any]) -> list[str
         contents: of these files, as they are named there.
 
     Returns:
-        the command line without such options, and with the changed list behind what had set it.
+        the command line without such options, and with the whole list, changed by them and by
+        ``callbacks+`` of the files, behind what had set it.
 
     Raises:
         FewstepError: for a callback that is not in the list, or an option without a value.
@@ -61,7 +83,7 @@ def set_callbacks(arguments: list[str], contents: Mapping[str, Any]) -> list[str
     rest, kept = list(arguments), list[str]()
     changes: dict[str, Any] = {}
     callbacks: Any = None
-    place = 0
+    place, is_new = 0, False
     while rest:
         token = rest.pop(0)
         if option := _OPTION.fullmatch(token):
@@ -73,19 +95,31 @@ def set_callbacks(arguments: list[str], contents: Mapping[str, Any]) -> list[str
         whole = _WHOLE.fullmatch(token)
         if (token == "--config" or (whole and whole[1] is None)) and rest:
             kept.append(rest.pop(0))
+        trainer: Mapping[str, Any] = {}
         if token == "--config":
             trainer = (contents.get(kept[-1]) or {}).get("trainer") or {}
-            found = trainer.get("callbacks")
-        else:
-            found = _value(whole[1] or kept[-1]) if whole else None
-        if found is not None:
-            callbacks, place = found, len(kept)
-    if not changes:
+        elif whole:
+            trainer = {"callbacks": _value(whole[1] or kept[-1])}
+        if trainer.get("callbacks") is not None:
+            callbacks, place, is_new = trainer["callbacks"], len(kept), False
+        if trainer.get("callbacks+") is not None:
+            callbacks, place, is_new = extended(callbacks, trainer["callbacks+"]), len(kept), True
+    _refuse_small_letters(arguments, listed(callbacks))
+    if not changes and not is_new:
         return kept
-    listed = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
-    listed = [{"class_path": one} if isinstance(one, str) else one for one in listed]
-    changed = {"trainer": {"callbacks": with_callbacks(listed, changes)}}
+    changed = {"trainer": {"callbacks": with_callbacks(listed(callbacks), changes)}}
     return [*kept[:place], "--config", json.dumps(changed), *kept[place:]]
+
+
+def _refuse_small_letters(arguments: list[str], callbacks: list[dict[str, Any]]) -> None:
+    names = {class_name(one).lower(): class_name(one) for one in callbacks}
+    for token in arguments:
+        small = _SMALL.fullmatch(token)
+        if small and small[1] in names:
+            raise FewstepError(
+                f"'{token}' sets no callback of this experiment. Did you mean "
+                f"'{token.replace(f'.{small[1]}.', f'.{names[small[1]]}.', 1)}'?"
+            )
 
 
 def _value(text: str) -> Any:

@@ -52,11 +52,30 @@ def test_it_holds_for_the_list_that_is_used_and_the_last_callback_keeps_its_way(
     assert callbacks("fit", *asked[:2], listed)["Samples"].count == 3
 
 
+def test_what_is_added_of_a_kind_that_is_there_sets_that_ones_options() -> None:
+    """Of two that save, the one that keeps less would delete what the other keeps."""
+    Path("more.yaml").write_text(
+        "trainer: {callbacks+: [{class_path: callbacks.Checkpoints, init_args: {keep: 8}}, "
+        "callbacks.Alarms]}"
+    )
+    before, found = callbacks("fit"), callbacks("fit", "-c", "more.yaml")
+    assert list(found) == [*before, "Alarms"]
+    assert found["Checkpoints"].keep == 8
+    assert found["Checkpoints"].every_n_updates == before["Checkpoints"].every_n_updates != 1000
+    asked = ["--trainer.callbacks.Alarms.patience", "3", "--trainer.callbacks.Checkpoints.keep=9"]
+    found = callbacks("fit", "-c", "more.yaml", *asked)
+    assert (found["Alarms"].patience, found["Checkpoints"].keep) == (3, 9)
+
+
 @pytest.mark.parametrize(
     ("option", "said"),
     [
         ("Evaluatio.num_samples=3", "Did you mean 'Evaluation'? It has: Evaluation, Samples, "),
         ("Evaluation=3", r"sets no callback of this experiment.*write trainer.callbacks.Evaluatio"),
+        (
+            "evaluation.num_samples=3",
+            "Did you mean '--trainer.callbacks.Evaluation.num_samples=3'?",
+        ),
         ("Evaluation.num_sample=3", "Did you mean 'num_samples'?"),
         ("Evaluation.num_samples=few", "num_samples' must be a whole number, not 'few'."),
         ("Evaluation.num_samples", "--trainer.callbacks.Evaluation.num_samples lacks its value."),

@@ -94,6 +94,8 @@ def test_every_experiment_parses(
     config = yaml.safe_load(capsys.readouterr().out)
     assert config["trainer"]["use_distributed_sampler"] is False
     assert config["model"]["class_path"].startswith("lightning_modules.")
+    callbacks = [one["class_path"] for one in config["trainer"]["callbacks"]]
+    assert len(callbacks) == len(set(callbacks))
 
 
 def test_help_answers_at_once_and_names_every_command() -> None:
