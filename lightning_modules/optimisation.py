@@ -12,6 +12,7 @@ from torch import Tensor
 
 from fewstep.batches import rows_of
 from fewstep.contracts import Batch
+from fewstep.errors import FewstepError
 
 BLOCK = 8  # samples that share a generator
 
@@ -58,6 +59,20 @@ def _blocks(rows: range) -> Iterator[tuple[int, slice]]:
     for number in range(rows.start // BLOCK, -(-rows.stop // BLOCK)):
         first = number * BLOCK
         yield number, slice(max(rows.start - first, 0), min(rows.stop - first, BLOCK))
+
+
+def check_accumulate(accumulate: int, batch_size: int) -> None:
+    """Refuses more micro-batches than a device's batch has samples.
+
+    Raises:
+        FewstepError: if there are more.
+    """
+    if accumulate > batch_size:
+        raise FewstepError(
+            f"accumulate: {accumulate} splits a batch of {batch_size} a device, so that parts of "
+            f"it would be empty. Set accumulate: {batch_size} or less, or "
+            f"data.init_args.batch_size: {accumulate} or more."
+        )
 
 
 def micro_batches(batch: Batch, draws: Draws, count: int) -> Iterator[tuple[float, Batch, Draws]]:

@@ -20,7 +20,7 @@ from lightning_modules.copies import crossing, units_within
 from lightning_modules.finite import neutralise, skip_unless
 from lightning_modules.gradients import GradientAverager, is_sharded, kept_out
 from lightning_modules.groups import grouped, held
-from lightning_modules.optimisation import learning_rate_factor
+from lightning_modules.optimisation import check_accumulate, learning_rate_factor
 
 
 class OptimisedRoles(pl.LightningModule):
@@ -36,11 +36,13 @@ class OptimisedRoles(pl.LightningModule):
         gates_lr: learning rate of residual gates, as a multiple of the other parameters'.
         gates_hold: updates in which they stay where they start, before that rate.
         clip_from: student updates before which gradients are not clipped.
+        accumulate: micro-batches a batch is split into.
     """
 
     gates_lr: float = 1.0
     gates_hold: int = 0
     clip_from: int = 0
+    accumulate: int = 1
 
     def __init__(
         self,
@@ -129,7 +131,14 @@ class OptimisedRoles(pl.LightningModule):
         return norm
 
     def configure_optimizers(self) -> Any:
-        """One optimiser and learning-rate schedule a trained role, in the order of roles."""
+        """One optimiser and learning-rate schedule a trained role, in the order of roles.
+
+        Raises:
+            FewstepError: if a batch is to be split into more parts than it has samples.
+        """
+        batch_size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        if batch_size is not None:
+            check_accumulate(self.accumulate, batch_size)
         total = self.trainer.max_steps
 
         def factor(update: int) -> float:

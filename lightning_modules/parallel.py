@@ -50,8 +50,18 @@ class ShardedStrategy(ModelParallelStrategy):
         self.replicas = replicas
 
     def setup_environment(self) -> None:
-        """Lays the devices out before Lightning does."""
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        """Lays the devices out before Lightning does.
+
+        Raises:
+            FewstepError: if they cannot be divided among the replicas.
+        """
+        devices = self.num_nodes * self.num_processes
+        if self.replicas < 1 or devices % self.replicas:
+            raise FewstepError(
+                f"{devices} devices cannot be divided among {self.replicas} copies; give "
+                "trainer.strategy.replicas a divisor of the number of devices."
+            )
+        self._data_parallel_size = devices
         super().setup_environment()
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> Any:

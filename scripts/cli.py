@@ -21,7 +21,7 @@ from jsonargparse import Namespace, set_parsing_settings
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 
 from callbacks import Preemption, Progress
-from fewstep.errors import FewstepError
+from fewstep.errors import FewstepError, nearest
 from fewstep.guidance import Guidance
 from fewstep.guidance.noise import NoiseOptimisation
 from lightning_modules import FewStepModule
@@ -80,7 +80,20 @@ class Parser(LightningArgumentParser):
         """
         if not self.exit_on_error:
             super().error(message, ex)
-        raise FewstepError(explain(str(message))) from ex
+        text = explain(str(message))
+        if unknown := re.match(r"unrecognized arguments: (--[^\s=]+)", str(message)):
+            text = f"There is no option '{unknown[1]}'.{nearest(unknown[1], options_of(self))}"
+        raise FewstepError(text) from ex
+
+
+def options_of(parser: Any) -> list[str]:
+    """The options of a parser and of its commands' parsers."""
+    found = list(parser._option_string_actions)
+    for action in parser._actions:
+        choices = getattr(action, "choices", None)
+        for one in choices.values() if isinstance(choices, dict) else ():
+            found += options_of(one)
+    return found
 
 
 class SaveConfig(SaveConfigCallback):
@@ -128,7 +141,7 @@ class FewstepCLI(LightningCLI):
             seed_everything_default=0,
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            parser_kwargs={"prog": self.prog},
+            parser_kwargs={"prog": self.prog, "allow_abbrev": False},
             args=expanded,
         )
 

@@ -195,7 +195,7 @@ def expand_arguments(arguments: list[str]) -> tuple[list[str], str | None]:
     rest = list(arguments)
     while rest:
         token = rest.pop(0)
-        if token.startswith("--config="):
+        if token.startswith(("--config=", "--steps=", "--seeds=", "--roles=")):
             token, value = token.split("=", 1)
             rest.insert(0, value)
         if token in ("-c", "--config") and rest:

@@ -52,6 +52,8 @@ def run(arguments: list[str]) -> None:
     from fewstep.errors import FewstepError, nearest
 
     command = arguments[0]
+    if command in (*EXPERIMENT_COMMANDS, "submit"):
+        refuse_bare_name(arguments)
     if command in EXPERIMENT_COMMANDS:
         from scripts.cli import run_command
 
@@ -94,6 +96,24 @@ def run(arguments: list[str]) -> None:
         raise FewstepError(
             f"There is no command '{command}'.{nearest(command, known)} "
             f"Commands: {', '.join(known)}; `fewstep --help` tells more."
+        )
+
+
+def refuse_bare_name(arguments: list[str]) -> None:
+    """Refuses an experiment that stands where no option names it, and none at all.
+
+    Raises:
+        FewstepError: for either.
+    """
+    from fewstep.errors import FewstepError
+
+    command, *rest = arguments
+    if not rest and command != "submit":
+        raise FewstepError(f"Name an experiment: fewstep {command} -c digits/teacher")
+    if rest and not rest[0].startswith("-"):
+        raise FewstepError(
+            f"'{rest[0]}' belongs to no option. Name an experiment with -c: fewstep {command} -c "
+            f"{' '.join(rest)}"
         )
 
 

@@ -11,12 +11,13 @@ from fewstep.networks.loading import is_checkpoint, newest_checkpoint
 
 def versions(experiment: Path) -> list[Path]:
     """The runs of an experiment, oldest first."""
+    return sorted((p for p in experiment.glob("version_*") if p.is_dir()), key=_number)
 
-    def number(path: Path) -> int:
-        suffix = path.name.removeprefix("version_")
-        return int(suffix) if suffix.isdigit() else -1
 
-    return sorted((p for p in experiment.glob("version_*") if p.is_dir()), key=number)
+def _number(run: Path) -> int:
+    """Of a run with a name of fewstep's own; -1 for others, which ``--run.version`` has given."""
+    suffix = run.name.removeprefix("version_")
+    return int(suffix) if suffix.isdigit() else -1
 
 
 def run_of_checkpoint(path: Path) -> Path | None:
@@ -26,8 +27,7 @@ def run_of_checkpoint(path: Path) -> Path | None:
 
 def place_new_run(experiment: Path) -> Path:
     """The folder of the next run."""
-    found = versions(experiment)
-    last = int(found[-1].name.removeprefix("version_")) if found else -1
+    last = max(map(_number, versions(experiment)), default=-1)
     return experiment / f"version_{last + 1}"
 
 
@@ -101,7 +101,15 @@ def place(
             return run, found
     if training or not trained:
         return (candidates[0] if candidates else place_new_run(experiment)), None
-    raise FewstepError(
-        f"'{experiment}' holds no run with a checkpoint. Train it first: "
-        f"fewstep fit -c {'/'.join(experiment.parts[1:])}"
-    )
+    raise FewstepError(f"'{experiment}' holds no run with a checkpoint. {_remedy(experiment)}")
+
+
+def _remedy(experiment: Path) -> str:
+    """What to do where no run was found that could be taken."""
+    folders = sorted(experiment.iterdir()) if experiment.is_dir() else []
+    named = [run.name for run in folders if run.is_dir() and newest_checkpoint(run) is not None]
+    if named:
+        return f"But {', '.join(named)} has one: give --run.version {named[-1]}."
+    if experiment.parts[0] != "runs":
+        return "Train it first: `fewstep fit` with the same -c and --run.dir."
+    return f"Train it first: fewstep fit -c {'/'.join(experiment.parts[1:])}"

@@ -48,7 +48,9 @@ class WeightFile:
             known = f" (sha256 {self.sha256}...)" if self.sha256 else ""
             raise FewstepError(
                 f"There are no weights at '{path}'. Get {self.name}{known} from {self.source} and "
-                f"put it at '{self.cached}', or give its path as '{self.option}'."
+                f"put it at '{self.cached}', or give its path as '{self.option}' of the features: "
+                f"metrics: [{{class_path: ..., init_args: {{features: {{class_path: ..., "
+                f"init_args: {{{self.option}: PATH}}}}}}}}]."
             )
         expected = sha256 or ("" if given else self.sha256)
         found = file_sha256(path)

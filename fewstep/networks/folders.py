@@ -41,9 +41,10 @@ def find_folder(where: str | Path) -> Path:
             return Path(snapshot_download(name, local_files_only=True))
         except (LocalEntryNotFoundError, HFValidationError) as error:
             raise FewstepError(
-                f"'{name}' is neither a folder nor in the cache of the Hugging Face hub; get it "
-                f"with `hf download {name} --local-dir FOLDER` (or, if this is the folder's name, "
-                f"the repository's) and give FOLDER."
+                f"There is no folder '{name}', and the cache of the Hugging Face hub has no "
+                f"repository of that name. If it is to be a folder: `hf download REPOSITORY "
+                f"--local-dir {name}`; the head of an experiment, or of its folder's "
+                f"defaults.yaml, names the repository. If it is a repository: `hf download {name}`."
             ) from error
     raise FewstepError(f"There is no folder '{path}'; give that of a diffusers pipeline.")
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 
 from fewstep.errors import FewstepError
 from lightning_modules import FewStepModule
+from lightning_modules.optimisation import check_accumulate
 from scripts.plan.data import Data, data_of, example_batch
 from scripts.plan.host import HostMemory, host_memory
 from scripts.plan.judges import decoder_on_meta
@@ -122,11 +123,13 @@ def plan_of(
         devices_per_node: at most so many of them are in one machine.
 
     Raises:
-        FewstepError: if the teacher's architecture is not to be found, or the devices cannot be
-            divided among so many copies.
+        FewstepError: if the teacher's architecture is not to be found, the devices cannot be
+            divided among so many copies, or a batch into so many parts.
     """
     shares = _shares(devices, strategy, replicas)
     notes, data = build_without_weights(model, precision), data_of(datamodule)
+    if hasattr(datamodule, "batch_size"):
+        check_accumulate(model.accumulate, data.batch_size)
     host = host_memory(model, min(devices, devices_per_node))
     step: StepCost | None = None
     try:

@@ -21,9 +21,8 @@ Each shard becomes one of the same name that holds latent.safetensors (as the de
 latents: shifted and scaled), text.safetensors (by the network's own argument names) and copies of
 cls, txt and json. DEST/empty.safetensors is what stands for no prompt.
 
-Supported: StableDiffusionPipeline, StableDiffusionXLPipeline, TextToVideoSDPipeline,
-AnimateDiffPipeline and WanPipeline. With --frames clips of videos are encoded, frame by frame where
-the VAE is one for images.
+Pipelines are those that fewstep trains (docs/adding_a_family.md). With --frames clips of videos are
+encoded, frame by frame where the VAE is one for images. Records without captions need --no-text.
 
   fewstep shards encode data/pets --pipeline models/sd15 --dest data/pets-latents --device cuda
   fewstep shards encode data/clips --pipeline models/wan --dest data/clips-latents --frames 81 \\

@@ -241,5 +241,6 @@ def _limit(skipped: Sequence[Skipped], most: int) -> None:
     if len(skipped) > most:
         raise FewstepError(
             f"{len(skipped):,} damaged records are more than --max-damaged {most:,} (last: "
-            f"{skipped[-1]}). Check the shards with `fewstep shards check`, or raise the limit."
+            f"{skipped[-1]}). Check the shards with `fewstep shards check`, or raise the limit; "
+            "if the records have no captions at all, add --no-text."
         )

@@ -43,6 +43,7 @@ class Options:
     array: str | None = None
     setup: list[str] = field(default_factory=list)
     container: str | None = None
+    mount: list[str] = field(default_factory=list)
     template: Path | None = None
     dry_run: bool = False
     status: Path | None = None
@@ -78,7 +79,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> Any:
         """Raises what is wrong."""
-        raise FewstepError(f"{message[0].upper()}{message[1:]}; see `fewstep submit --help`.")
+        raise FewstepError(f"{message[0].upper()}{message[1:]}; see `{self.prog} --help`.")
 
 
 def parser() -> Parser:
@@ -101,6 +102,9 @@ def parser() -> Parser:
         help='shell before training, such as "module load cuda"; repeatable')  # fmt: skip
     job.add_argument("--container", type=one_line, metavar="IMAGE",
         help="an image with fewstep in it: Apptainer for *.sif, else pyxis")  # fmt: skip
+    job.add_argument("--mount", type=one_line, action="append", default=[], metavar="PATH[:AS]",
+        help="a folder that the container sees as well, such as that of models, data or caches; "
+        "the working folder and that of runs it always sees; repeatable")  # fmt: skip
     job.add_argument("--template", type=Path, metavar="FILE", help="a batch script of your own")
     job.add_argument("--dry-run", action="store_true", help="print the script, change nothing")
     job.add_argument("--status", type=Path, nargs="?", const=Path("runs"), metavar="FOLDER",

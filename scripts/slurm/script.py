@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from fewstep.errors import FewstepError, nearest
 from scripts.slurm.options import Options, directives
+from scripts.this_fewstep import this_fewstep
 
 SKELETON = Path(__file__).with_name("job.sh")
 PLACEHOLDER = re.compile(r"\{\{\s*([^{}\n]*?)\s*\}\}")
@@ -46,7 +46,7 @@ def batch_script(
         "signal_before": str(options.signal_before),
         "setup": "".join(f"{line}\n" for line in options.setup),
         "checkpoint": _choose_checkpoint(first_checkpoint),
-        "launch": " ".join(_launch(options)),
+        "launch": " ".join(_launch(options, runs)),
         "command": " ".join(command or _command(options)),
     }
     return fill(options.template or SKELETON, parts)
@@ -105,7 +105,7 @@ def _choose_checkpoint(first: Path | None) -> str:
     )
 
 
-def _launch(options: Options) -> list[str]:
+def _launch(options: Options, runs: Sequence[Path]) -> list[str]:
     words = [
         "srun",
         "--open-mode=append",
@@ -119,16 +119,26 @@ def _launch(options: Options) -> list[str]:
     image = options.container
     if image is None:
         return words
-    here = shlex.quote(str(Path.cwd()))
+    here = Path.cwd()
+    folders = [here, *sorted({run.parent for run in runs if not run.is_relative_to(here)})]
+    seen = [*(f"{folder}:{folder}" for folder in folders), *map(_mounted, options.mount)]
+    mounts, at = shlex.quote(",".join(seen)), _quoted(here)
     if image.endswith(".sif"):
-        return [*words, f"apptainer exec --nv --bind {here} --pwd {here} {shlex.quote(image)}"]
-    mounts = f"--container-mounts={here}:{here} --container-workdir={here}"
-    return [*words, f"--container-image={shlex.quote(image)} {mounts}"]
+        return [*words, f"apptainer exec --nv --bind {mounts} --pwd {at} {shlex.quote(image)}"]
+    mounted = f"--container-mounts={mounts} --container-workdir={at}"
+    return [*words, f"--container-image={shlex.quote(image)} {mounted}"]
+
+
+def _mounted(given: str) -> str:
+    """``PATH`` or ``PATH:AS`` with both of its parts, absolute here."""
+    path, _, place = given.partition(":")
+    here = Path(path).expanduser().absolute()
+    return f"{here}:{place or here}"
 
 
 def fewstep_command(options: Options) -> str:
     """How a job calls fewstep: as installed in its container, or with this very Python."""
-    return "fewstep" if options.container else f"{shlex.quote(sys.executable)} -m scripts.main"
+    return "fewstep" if options.container else shlex.join(this_fewstep())
 
 
 def _command(options: Options) -> list[str]:

@@ -23,6 +23,7 @@ from scripts.slurm.status import newest_update as newest_logged
 from scripts.slurm.status import tail
 from scripts.suite.plan import Cell, Plan
 from scripts.suite.states import LOCAL, Standing, State, newest_update, reason, standing_of
+from scripts.this_fewstep import this_fewstep
 
 LOG = "fit.out"
 Bar: TypeAlias = "tqdm[Never]"  # it counts and goes through nothing
@@ -90,7 +91,7 @@ def run_process(arguments: list[str], cell: Cell, bar: Bar, held: IO[str]) -> in
         # A session of its own: Ctrl-C in the terminal reaches the suite alone, which passes it on
         # as the signal that training saves at. The lock stays held as long as the run lives.
         process = subprocess.Popen(
-            [sys.executable, "-m", "scripts.main", *arguments],
+            [*this_fewstep(), *arguments],
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,

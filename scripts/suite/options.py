@@ -86,6 +86,8 @@ def parser() -> Parser:
         help='shell before training, such as "module load cuda"; repeatable')  # fmt: skip
     cluster.add_argument("--container", type=one_line, metavar="IMAGE",
         help="an image with fewstep in it")  # fmt: skip
+    cluster.add_argument("--mount", type=one_line, action="append", default=[], metavar="PATH[:AS]",
+        help="a folder that the container sees as well; repeatable")  # fmt: skip
     cluster.add_argument("--template", type=Path, metavar="FILE", help="a batch script of your own")
     return made
 

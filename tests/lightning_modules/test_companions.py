@@ -178,7 +178,7 @@ def test_names_of_the_hub_are_told_from_paths(source: str, expected: bool) -> No
 
 
 def test_a_name_that_is_nowhere_says_how_to_get_it() -> None:
-    with pytest.raises(FewstepError, match=r"hf download nobody/nothing --local-dir"):
+    with pytest.raises(FewstepError, match=r"hf download REPOSITORY --local-dir nobody/nothing"):
         load_teacher("nobody/nothing")
 
 

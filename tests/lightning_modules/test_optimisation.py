@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fewstep.contracts import Batch
+from fewstep.errors import FewstepError
 from fewstep.seeding import torch_generator
 from lightning_modules.optimisation import (
     BLOCK,
     Draws,
+    check_accumulate,
     in_blocks,
     learning_rate_factor,
     micro_batches,
@@ -22,6 +24,12 @@ from lightning_modules.optimisation import (
 @dataclass(frozen=True)
 class Numbers(Draws):
     values: torch.Tensor
+
+
+def test_a_batch_has_no_more_parts_than_samples() -> None:
+    check_accumulate(4, 4)
+    with pytest.raises(FewstepError, match="accumulate: 8 splits a batch of 3 a device"):
+        check_accumulate(8, 3)
 
 
 def test_warmup_rises_linearly_and_ends_at_one() -> None:

@@ -13,6 +13,7 @@ import torch
 from fewstep.errors import FewstepError
 from fewstep.networks.loading import load_denoiser, newest_checkpoint
 from fewstep.networks.lora import LoRA
+from lightning_modules.parallel import ShardedStrategy
 
 from ranks import run_ranks
 from training_runs import assert_same_run, run, trained
@@ -170,3 +171,11 @@ def test_a_sharded_checkpoint_of_another_experiment_is_refused(tmp_path: Path) -
     for message in run_ranks(2, other):
         assert "of another experiment" in message
         assert "method: 'ConsistencyDistillation' in the checkpoint" in message
+
+
+@pytest.mark.parametrize("replicas", [0, 3, 4])
+def test_devices_that_cannot_be_divided_among_copies_are_refused(replicas: int) -> None:
+    strategy = ShardedStrategy(replicas=replicas)
+    strategy.parallel_devices = [torch.device("cpu")] * 2
+    with pytest.raises(FewstepError, match=f"2 devices cannot be divided among {replicas} copies"):
+        strategy.setup_environment()

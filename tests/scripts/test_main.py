@@ -12,6 +12,23 @@ from scripts import main as front_door
 from scripts.experiments import find_experiment
 
 
+@pytest.mark.parametrize("command", ["fit", "evaluate", "submit"])
+def test_an_experiment_is_named_by_an_option(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert front_door.main([command, "digits/teacher", "--x", "3"]) == 2
+    advice = f"Name an experiment with -c: fewstep {command} -c digits/teacher --x 3"
+    assert advice in capsys.readouterr().err
+    if command == "fit":
+        assert front_door.main([command]) == 2
+        assert "Name an experiment: fewstep fit -c" in capsys.readouterr().err
+
+
+def test_a_shortened_option_is_not_taken_for_the_whole(capsys: pytest.CaptureFixture[str]) -> None:
+    assert front_door.main(["fit", "-c", "digits/teacher", "--trainer.max_step", "5"]) == 2
+    assert "Did you mean '--trainer.max_steps'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("command", "said"),
     [
@@ -32,7 +49,7 @@ def test_an_interrupted_command_says_whether_it_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(front_door, "run", interrupted)
-    assert front_door.main([command]) == 130
+    assert front_door.main([command]) == 230
     assert capsys.readouterr().err.strip() == said
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from fewstep.errors import FewstepError
 from scripts.experiments import expand_arguments, find_experiment, short_name, with_defaults
-from scripts.runs import place, refuse_disagreement
+from scripts.runs import place, place_new_run, refuse_disagreement
 
 
 def add_run(experiment: Path, version: str, checkpoint: bool = True) -> Path:
@@ -105,3 +105,22 @@ def test_lists_on_the_command_line_need_no_brackets() -> None:
     )
     assert name == "digits/teacher"
     assert arguments[-4:] == ["--steps=[1,2]", "--roles=[ema]", "--x", "3"]
+    assert expand_arguments(["evaluate", "--steps=4", "--seeds=[0,1]"])[0][1:] == [
+        "--steps=[4]",
+        "--seeds=[0,1]",
+    ]
+
+
+def test_runs_with_names_of_their_own_are_told_of_and_count_for_nothing(tmp_path: Path) -> None:
+    experiment = tmp_path / "teacher"
+    with pytest.raises(FewstepError, match=r"no run with a checkpoint\. Train it first.*--run.dir"):
+        place(experiment, None, None, training=False)
+    add_run(experiment, "version_a")
+    assert place_new_run(experiment).name == "version_0"
+    add_run(experiment, "version_3")
+    assert place_new_run(experiment).name == "version_4"
+    named = tmp_path / "student"
+    add_run(named, "best")
+    with pytest.raises(FewstepError, match=r"But best has one: give --run.version best\."):
+        place(named, None, None, training=False)
+    assert place(named, "best", None, training=False)[0] == named / "best"

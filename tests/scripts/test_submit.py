@@ -21,6 +21,7 @@ from scripts.slurm.options import Options
 from scripts.slurm.script import SKELETON, batch_script, fill
 from scripts.slurm.status import newest_update
 from scripts.slurm.submit import CheckedExperiment
+from scripts.this_fewstep import this_fewstep
 
 COMMANDS = {
     # Notes what it was given, and gives the job a number.
@@ -163,6 +164,37 @@ def test_in_a_container_the_installed_command_runs(
     script = batch_script(Options(container=image), "x", [tmp_path])
     assert expected in script
     assert "  fewstep fit -c" in script
+
+
+@pytest.mark.parametrize(
+    ("image", "option"), [("image.sif", "--bind "), ("nvcr.io#x", "--container-mounts=")]
+)
+def test_a_container_sees_the_runs_and_what_it_is_told_to(
+    image: str, option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    work = tmp_path / "work"
+    work.mkdir()
+    monkeypatch.chdir(work)
+    options = Options(container=image, mount=["/scratch/models", "data:/data"])
+    mine, away = work / "runs" / "x" / "version_0", tmp_path / "away" / "x" / "version_0"
+    seen = [f"{work}:{work}", f"{away.parent}:{away.parent}", "/scratch/models:/scratch/models"]
+    seen.append(f"{work}/data:/data")
+    script = batch_script(options, "x", [mine, away])
+    assert f"{option}{','.join(seen)} " in script
+
+
+def test_a_users_packages_of_our_names_do_not_stand_in_a_jobs_way(tmp_path: Path) -> None:
+    for name in ("scripts", "callbacks"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").touch()
+    found = subprocess.run(
+        [*this_fewstep(), "plan", "-c", "digits/teacher"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr
 
 
 def stand_in(here: Path, training: str, **environment: str) -> subprocess.Popen[str]:

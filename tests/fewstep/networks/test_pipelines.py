@@ -356,7 +356,7 @@ def test_a_hub_name_is_looked_up_in_the_local_cache_only(
     load: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(FewstepError, match="hf download some/model --local-dir FOLDER"):
+    with pytest.raises(FewstepError, match="hf download REPOSITORY --local-dir some/model"):
         load_denoiser_of("some/model")
     cached = tmp_path / "models--some--model"
     commit = "0" * 40
