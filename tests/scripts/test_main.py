@@ -49,7 +49,7 @@ def test_an_interrupted_command_says_whether_it_goes_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(front_door, "run", interrupted)
-    assert front_door.main([command]) == 230
+    assert front_door.main([command]) == 130
     assert capsys.readouterr().err.strip() == said
 
 
