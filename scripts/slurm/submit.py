@@ -7,14 +7,20 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
+
+import yaml
 
 from fewstep.errors import FewstepError
 from scripts.cli import FewstepCLI
 from scripts.runs import place_new_run
 from scripts.slurm.cores import with_cores
+from scripts.slurm.missing import missing
 from scripts.slurm.options import Options
 from scripts.slurm.queue import queued
 from scripts.slurm.script import batch_script
@@ -28,6 +34,11 @@ class CheckedExperiment(FewstepCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         """Nothing is run on the login node."""
+
+    def plain(self) -> dict[str, Any]:
+        """The whole experiment in plain values, all defaults included."""
+        text = self._parser("fit").dump(self.config.fit, skip_unset=False)
+        return dict(yaml.safe_load(text))
 
 
 @dataclass(frozen=True)
@@ -67,6 +78,7 @@ def submit(options: Options, fit_arguments: list[str]) -> None:
     tasks = checked_tasks(options, fit_arguments)
     asked = with_cores(options, [task.experiment.config.fit.get("data") for task in tasks])
     script = batch_script(asked, tasks[0].name, [t.run for t in tasks], tasks[0].first_checkpoint)
+    tell_missing(tasks)
     if options.dry_run:
         print(script, end="")
         return
@@ -92,6 +104,14 @@ def submit(options: Options, fit_arguments: list[str]) -> None:
 
 
 # ---------------------------------------------------------------------- checking
+
+
+def tell_missing(tasks: Sequence[Task]) -> None:
+    """Says what the jobs will look for and is not there yet: another job may still make it."""
+    found = dict.fromkeys(line for task in tasks for line in missing(task.experiment.plain()))
+    if found:
+        print("Not here yet; a job ends at its start without it:", file=sys.stderr)
+        print("".join(f"  {line}\n" for line in found), end="", file=sys.stderr)
 
 
 def checked_tasks(options: Options, fit_arguments: list[str]) -> list[Task]:

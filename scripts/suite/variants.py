@@ -208,9 +208,7 @@ def parse(experiment: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     with TemporaryDirectory() as folder:
         file = Path(folder) / CONFIG_FILE
         file.write_text(yaml.safe_dump(nested(settings)), encoding="utf-8")
-        checked = CheckedExperiment(["fit", "-c", experiment, "-c", str(file)])
-    text = checked._parser("fit").dump(checked.config.fit, skip_unset=False)
-    return dict(yaml.safe_load(text))
+        return CheckedExperiment(["fit", "-c", experiment, "-c", str(file)]).plain()
 
 
 def nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -197,6 +197,44 @@ def test_a_users_packages_of_our_names_do_not_stand_in_a_jobs_way(tmp_path: Path
     assert found.returncode == 0, found.stderr
 
 
+def test_what_a_job_will_look_for_and_is_not_here_is_listed_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    metrics = [{"class_path": "fewstep.metrics.FID"}]
+    evaluation = {"class_path": "callbacks.Evaluation", "init_args": {"metrics": metrics}}
+    sample = {"class_path": "datamodules.fields.Images", "init_args": {"size": 8}}
+    shards = {"shards": ["data/train-{0..1}.tar", "https://x.y/z.tar"], "val_shards": "data/*.tar"}
+    content = {
+        "trainer": {"callbacks": [evaluation], "max_steps": 5},
+        "data": {
+            "class_path": "datamodules.Shards",
+            "init_args": {**shards, "batch_size": 4, "sample": sample},
+        },
+        "model": {
+            "class_path": "lightning_modules.ConsistencyDistillation",
+            "init_args": {"teacher": "runs/analytic/teacher", "num_grid_points": 20},
+        },
+    }
+    Path("mine.yaml").write_text(yaml.safe_dump(content))
+
+    def told() -> list[str]:
+        run(["submit", "-c", "mine.yaml", "--dry-run"])
+        return [line.strip() for line in capsys.readouterr().err.splitlines()[1:]]
+
+    places = [line.split(":")[0] for line in told()]
+    keys = ["model.init_args.teacher", "data.init_args.shards", "data.init_args.val_shards", "FID"]
+    assert places == keys
+    Path("data").mkdir()
+    for number in range(2):
+        Path(f"data/train-{number}.tar").touch()
+    checkpoint = Path("runs/analytic/teacher/version_0/checkpoints/last.ckpt")
+    checkpoint.parent.mkdir(parents=True)
+    checkpoint.touch()
+    assert [line.split(":")[0] for line in told()] == ["FID"]
+
+
 def stand_in(here: Path, training: str, **environment: str) -> subprocess.Popen[str]:
     """Runs the default script with something else in place of srun and the training."""
     folder = here / "my run" / "version_0"
