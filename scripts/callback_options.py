@@ -48,7 +48,7 @@ def class_name(callback: Mapping[str, Any]) -> str:
 
 def listed(callbacks: Any) -> list[dict[str, Any]]:
     """Callbacks as a list of classes and their options, however they were written."""
-    found = callbacks if isinstance(callbacks, list) else [callbacks] if callbacks else []
+    found = [*callbacks] if isinstance(callbacks, list) else [callbacks] if callbacks else []
     return [{"class_path": one} if isinstance(one, str) else one for one in found]
 
 
@@ -58,12 +58,15 @@ def extended(callbacks: Any, added: Any) -> list[dict[str, Any]]:
     One of a class that the list has already sets that one's options: two of a kind would save,
     prune and judge against each other.
     """
-    found = {class_name(one): one for one in listed(callbacks)}
+    found = listed(callbacks)
     for one in listed(added):
-        before = found.get(class_name(one)) or {}
-        options = {**(before.get("init_args") or {}), **(one.get("init_args") or {})}
-        found[class_name(one)] = {**before, **one, "init_args": options}
-    return list(found.values())
+        same = [n for n, there in enumerate(found) if there["class_path"] == one["class_path"]]
+        if same:
+            before = found[same[-1]].get("init_args") or {}
+            found[same[-1]] = {**one, "init_args": {**before, **(one.get("init_args") or {})}}
+        else:
+            found.append(one)
+    return found
 
 
 def set_callbacks(arguments: list[str], contents: Mapping[str, Any]) -> list[str]:

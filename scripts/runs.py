@@ -106,8 +106,9 @@ def place(
 
 def _remedy(experiment: Path) -> str:
     """What to do where no run was found that could be taken."""
-    folders = sorted(experiment.iterdir()) if experiment.is_dir() else []
-    named = [run.name for run in folders if run.is_dir() and newest_checkpoint(run) is not None]
+    folders = [run for run in experiment.iterdir() if run.is_dir()] if experiment.is_dir() else []
+    folders.sort(key=lambda run: (_number(run), run.name))
+    named = [run.name for run in folders if newest_checkpoint(run) is not None]
     if named:
         return f"But {', '.join(named)} has one: give --run.version {named[-1]}."
     if experiment.parts[0] != "runs":

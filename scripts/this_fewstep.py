@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import sys
-from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
 
 
 def this_fewstep() -> list[str]:
     """Words that begin a command.
 
-    With -P, Python does not look in the working folder first, where a user may have a package of
-    his own that is called ``scripts`` or ``callbacks``.
+    Python, and the ranks that Lightning starts from it, do not look in the working folder first,
+    where a user may have a package of his own that is called ``scripts`` or ``callbacks``: unless
+    that folder is the checkout of fewstep that is running.
     """
-    try:
-        distribution("fewstep")
-    except PackageNotFoundError:  # run from a checkout that is not installed
-        return [sys.executable, "-m", "scripts.main"]
-    return [sys.executable, "-P", "-m", "scripts.main"]
+    command = [sys.executable, "-m", "scripts.main"]
+    if Path(__file__).resolve().parents[1] == Path.cwd().resolve():
+        return command
+    return ["env", "PYTHONSAFEPATH=1", *command]

@@ -107,10 +107,10 @@ class DiffAugment(Augmentor):
                     "DiffAugment with joint: true moves one target, and a Sum has several; "
                     "set joint: false."
                 )
-            if target.ndim != x.ndim:
+            if target.ndim not in (4, x.ndim):
                 raise FewstepError(
                     "DiffAugment with joint: true moves a target as it moves the sample, so it has "
-                    f"to be a picture like it, of {x.ndim} dimensions, not {tuple(target.shape)}. "
+                    f"to be a picture (B, C, H, W) or as it is, not {tuple(target.shape)}. "
                     "Set joint: false for labels, embeddings and the like."
                 )
             target = _by_frame(self._warp, target, 2 * uniform - 1)

@@ -80,8 +80,8 @@ def guide(
     """
     refuse_what_is_no_shift(guidance)
     layout = layout_of(pipe, guidance_scale)
-    refuse_offloading(pipe)
     vae = getattr(pipe, "vae", None)
+    refuse_offloading(getattr(pipe, layout.part), vae)
     if decode and vae is not None and not isinstance(guidance.energy, Decoded):
         codec = LatentCodec.of(vae)
         energy = Decoded(guidance.energy, codec, checkpointed=checkpointing)
@@ -99,17 +99,13 @@ def guide(
         guided.check()
 
 
-def refuse_offloading(pipe: Any) -> None:
-    """Refuses a pipeline whose networks leave the GPU between their calls.
+def refuse_offloading(*parts: Any) -> None:
+    """Refuses networks that leave the GPU between their calls.
 
     Raises:
         FewstepError: if one does.
     """
-    parts = [part for part in pipe.components.values() if isinstance(part, nn.Module)]
-    hooks = (getattr(module, "_hf_hook", None) for part in parts for module in part.modules())
-    if any(
-        type(hook).__name__ == "CpuOffload" or getattr(hook, "offload", False) for hook in hooks
-    ):
+    if any(map(_offloads, parts)):
         raise FewstepError(
             "Guidance takes a gradient through network and decoder at once, and this pipeline "
             "moves them to the CPU after each call (enable_model_cpu_offload or "
@@ -117,6 +113,18 @@ def refuse_offloading(pipe: Any) -> None:
             "save memory there are checkpointing=True, pipe.vae.enable_slicing() and a window "
             "with every."
         )
+
+
+def _offloads(part: Any) -> bool:
+    """Whether hooks of accelerate or of diffusers move a network, or parts of it, to and fro."""
+    if not isinstance(part, nn.Module):
+        return False
+    hooks = [getattr(module, "_hf_hook", None) for module in part.modules()]
+    hooks += [one for hook in hooks for one in getattr(hook, "hooks", ())]  # of a SequentialHook
+    kinds = {type(hook).__name__ for hook in hooks}
+    known = [getattr(module, "_diffusers_hook", None) for module in part.modules()]
+    grouped = any("group_offloading" in (getattr(one, "hooks", None) or {}) for one in known)
+    return grouped or "CpuOffload" in kinds or any(getattr(h, "offload", False) for h in hooks)
 
 
 @contextmanager

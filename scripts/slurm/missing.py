@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from braceexpand import braceexpand
 from jsonargparse import ArgumentParser
 
 from fewstep.errors import FewstepError
-from fewstep.metrics import DigitClassifierFeatures, Metric
+from fewstep.metrics import Metric
 from fewstep.networks.folders import find_folder
 from fewstep.networks.loading import find_checkpoint
 from scripts.callback_options import class_name
+from scripts.config_errors import reasons_within
 
 SOURCES = ("teacher", "start", "pipeline", "folder")
 SHARDS = ("shards", "val_shards")
@@ -73,23 +75,32 @@ def _no_network(source: str) -> str | None:
 
 
 def _there(pattern: str) -> bool:
-    """Whether a local pattern has a file; addresses are believed."""
-    if "://" in pattern:
+    """Whether a local pattern has a file; addresses, and what cannot be read, are believed."""
+    if "://" in pattern or Path(pattern).expanduser().exists():
         return True
-    paths = [Path(one).expanduser().absolute() for one in braceexpand(pattern)]
+    try:
+        paths = [Path(one).expanduser().absolute() for one in braceexpand(pattern)]
+    except ValueError:
+        return True
     return all(any(Path(path.anchor).glob(str(path.relative_to(path.anchor)))) for path in paths)
 
 
 def _without_weights(metrics: list[Any]) -> list[str]:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--metrics", type=list[Metric])
-    built = parser.instantiate(parser.parse_object({"metrics": metrics})).metrics
-    found = []
-    for metric in built:
-        if metric.features is None or isinstance(metric.features, DigitClassifierFeatures):
-            continue  # the digits' own classifier is trained where it is missing
+    """Of the metrics whose weights are looked for when a run starts.
+
+    Those with an energy or a classifier of their own would load or train it as they are made.
+    """
+    found = list[str]()
+    for metric in metrics:
+        text = json.dumps(metric)
+        if "fewstep.guidance" in text or "GuideAndJudge" in text or "digit" in text.lower():
+            continue
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--metric", type=Metric)
         try:
-            metric.features.prepare()
-        except FewstepError as error:
-            found.append(f"{type(metric).__name__}: {error}")
+            built = parser.instantiate(parser.parse_object({"metric": metric})).metric
+            if built.features is not None:
+                built.features.prepare()
+        except (FewstepError, ValueError, ImportError) as error:
+            found.append(f"{class_name(metric)}: {reasons_within(str(error)) or error}")
     return list(dict.fromkeys(found))

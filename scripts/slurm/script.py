@@ -23,6 +23,7 @@ def batch_script(
     runs: Sequence[Path],
     first_checkpoint: Path | None = None,
     command: Sequence[str] | None = None,
+    home: Path | None = None,
 ) -> str:
     """The text of a job that trains in the given run folders, a task of an array in each.
 
@@ -32,6 +33,7 @@ def batch_script(
         runs: absolute run folders, whose ``slurm/config.yaml`` says what to train.
         first_checkpoint: where to start while the run has no checkpoint of this job's yet.
         command: shell words to run in place of ``fewstep fit``; ``$run`` is the run's folder.
+        home: the folder of all runs, which a container sees: theirs and others they start from.
 
     Raises:
         FewstepError: if the user's template cannot be read or filled.
@@ -46,7 +48,7 @@ def batch_script(
         "signal_before": str(options.signal_before),
         "setup": "".join(f"{line}\n" for line in options.setup),
         "checkpoint": _choose_checkpoint(first_checkpoint),
-        "launch": " ".join(_launch(options, runs)),
+        "launch": " ".join(_launch(options, [home or runs[0].parent])),
         "command": " ".join(command or _command(options)),
     }
     return fill(options.template or SKELETON, parts)
@@ -105,7 +107,7 @@ def _choose_checkpoint(first: Path | None) -> str:
     )
 
 
-def _launch(options: Options, runs: Sequence[Path]) -> list[str]:
+def _launch(options: Options, homes: Sequence[Path]) -> list[str]:
     words = [
         "srun",
         "--open-mode=append",
@@ -120,7 +122,11 @@ def _launch(options: Options, runs: Sequence[Path]) -> list[str]:
     if image is None:
         return words
     here = Path.cwd()
-    folders = [here, *sorted({run.parent for run in runs if not run.is_relative_to(here)})]
+    folders = [here]
+    for home in homes:
+        # As it is called, and where a link of that name leads to.
+        ways = dict.fromkeys([home.absolute(), home.resolve()])
+        folders += [way for way in ways if not way.is_relative_to(here)]
     seen = [*(f"{folder}:{folder}" for folder in folders), *map(_mounted, options.mount)]
     mounts, at = shlex.quote(",".join(seen)), _quoted(here)
     if image.endswith(".sif"):

@@ -77,7 +77,9 @@ def submit(options: Options, fit_arguments: list[str]) -> None:
     """
     tasks = checked_tasks(options, fit_arguments)
     asked = with_cores(options, [task.experiment.config.fit.get("data") for task in tasks])
-    script = batch_script(asked, tasks[0].name, [t.run for t in tasks], tasks[0].first_checkpoint)
+    first, folders = tasks[0], [task.run for task in tasks]
+    home = Path(first.experiment.config.fit.run.dir)
+    script = batch_script(asked, first.name, folders, first.first_checkpoint, home=home)
     tell_missing(tasks)
     if options.dry_run:
         print(script, end="")
@@ -108,7 +110,7 @@ def submit(options: Options, fit_arguments: list[str]) -> None:
 
 def tell_missing(tasks: Sequence[Task]) -> None:
     """Says what the jobs will look for and is not there yet: another job may still make it."""
-    found = dict.fromkeys(line for task in tasks for line in missing(task.experiment.plain()))
+    found = missing(tasks[0].experiment.plain())  # those of an array differ by options alone
     if found:
         print("Not here yet; a job ends at its start without it:", file=sys.stderr)
         print("".join(f"  {line}\n" for line in found), end="", file=sys.stderr)

@@ -104,7 +104,8 @@ def array_script(
     sized = with_cores(options, [cell.asked.config.get("data") for cell in cells])
     asked = replace(sized, sbatch=[*options.sbatch, *more], array=tasks)
     command = [fewstep_command(options), "suite", '--task "$run"']
-    return batch_script(asked, plan.suite.name, [c.folder.absolute() for c in cells], None, command)
+    folders = [cell.folder.absolute() for cell in cells]
+    return batch_script(asked, plan.suite.name, folders, None, command, plan.home)
 
 
 def submit_array(cells: Sequence[Cell], script: str, options: Options, number: int) -> str:
@@ -144,7 +145,7 @@ def submit_report(plan: Plan, awaited: Sequence[str], options: Options) -> None:
     suite = [shlex.quote(str(plan.suite.path)), "--runs", '"$run"', "--report-only"]
     command = [fewstep_command(options), "suite", *suite]
     home = plan.home.absolute()
-    script = batch_script(small, f"{plan.suite.name}-report", [home], None, command)
+    script = batch_script(small, f"{plan.suite.name}-report", [home], None, command, home)
     if options.dry_run:
         print(f"\n# {'-' * 60} the report\n{script}", end="")
         return

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from fewstep.errors import FewstepError
-from scripts.callback_options import set_callbacks
+from scripts.callback_options import extended, set_callbacks
 from scripts.slurm.submit import CheckedExperiment
 
 NUM_SAMPLES = "--trainer.callbacks.Evaluation.num_samples"
@@ -58,6 +58,8 @@ def test_what_is_added_of_a_kind_that_is_there_sets_that_ones_options() -> None:
         "trainer: {callbacks+: [{class_path: callbacks.Checkpoints, init_args: {keep: 8}}, "
         "callbacks.Alarms]}"
     )
+    twice = [{"class_path": "a.Samples"}, {"class_path": "b.Samples"}, {"class_path": "a.Samples"}]
+    assert extended(twice, ["c.Alarms"]) == [*twice, {"class_path": "c.Alarms"}]
     before, found = callbacks("fit"), callbacks("fit", "-c", "more.yaml")
     assert list(found) == [*before, "Alarms"]
     assert found["Checkpoints"].keep == 8

@@ -120,6 +120,7 @@ def test_runs_with_names_of_their_own_are_told_of_and_count_for_nothing(tmp_path
     add_run(experiment, "version_3")
     assert place_new_run(experiment).name == "version_4"
     named = tmp_path / "student"
+    add_run(named, "version_9", checkpoint=False)
     add_run(named, "best")
     with pytest.raises(FewstepError, match=r"But best has one: give --run.version best\."):
         place(named, None, None, training=False)

@@ -176,24 +176,26 @@ def test_a_container_sees_the_runs_and_what_it_is_told_to(
     work.mkdir()
     monkeypatch.chdir(work)
     options = Options(container=image, mount=["/scratch/models", "data:/data"])
-    mine, away = work / "runs" / "x" / "version_0", tmp_path / "away" / "x" / "version_0"
-    seen = [f"{work}:{work}", f"{away.parent}:{away.parent}", "/scratch/models:/scratch/models"]
-    seen.append(f"{work}/data:/data")
-    script = batch_script(options, "x", [mine, away])
-    assert f"{option}{','.join(seen)} " in script
+    here, told = f"{work}:{work}", f"/scratch/models:/scratch/models,{work}/data:/data"
+    away = tmp_path / "away"
+    for home, seen in ((work / "runs", ""), (away, f",{away}:{away}")):
+        script = batch_script(options, "x", [home / "x" / "version_0"], home=home)
+        assert f"{option}{here}{seen},{told} " in script
+    away.mkdir()
+    (work / "linked").symlink_to(away)
+    script = batch_script(options, "x", [work / "linked" / "x"], home=work / "linked")
+    assert f"{option}{here},{away}:{away},{told} " in script
 
 
-def test_a_users_packages_of_our_names_do_not_stand_in_a_jobs_way(tmp_path: Path) -> None:
+def test_a_users_packages_of_our_names_do_not_stand_in_a_jobs_way(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     for name in ("scripts", "callbacks"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "__init__.py").touch()
-    found = subprocess.run(
-        [*this_fewstep(), "plan", "-c", "digits/teacher"],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    plan = [*this_fewstep(), "plan", "-c", "digits/teacher"]
+    found = subprocess.run(plan, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stderr
 
 

@@ -94,6 +94,8 @@ def test_a_joint_target_moves_with_its_picture_and_keeps_its_colours() -> None:
         DiffAugment(joint=True)
     with pytest.raises(FewstepError, match="joint: false for labels"):
         augment(X, torch.zeros(2).long(), uniform)
+    _, shared = augment(X[:, :, None].expand(-1, -1, 3, -1, -1), X, uniform)  # by all frames
+    torch.testing.assert_close(shared, target)
 
 
 class Angle(Energy):
