@@ -525,18 +525,29 @@ def test_what_pipelines_do_that_guidance_cannot_follow_is_refused(pipeline: Any)
         run(pipe, "sd")
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_networks_that_leave_the_device_after_a_call_are_refused(
-    pipeline: Any, whole: bool
-) -> None:
-    accelerate = pytest.importorskip("accelerate")
+@pytest.mark.parametrize("way", ["model", "model with a hook", "sequential", "group"])
+def test_networks_that_leave_the_device_after_a_call_are_refused(pipeline: Any, way: str) -> None:
+    accelerate, here = pytest.importorskip("accelerate"), torch.device("cpu")
     pipe = pipeline("sd")
-    if whole:  # as enable_model_cpu_offload does
-        accelerate.cpu_offload_with_hook(pipe.unet, torch.device("cpu"))
-    else:  # as enable_sequential_cpu_offload does
-        accelerate.cpu_offload(pipe.vae, torch.device("cpu"))
+    if way == "model with a hook":
+        accelerate.hooks.add_hook_to_module(pipe.unet, accelerate.hooks.ModelHook(), append=True)
+    if way.startswith("model"):  # as enable_model_cpu_offload does
+        accelerate.cpu_offload_with_hook(pipe.unet, here)
+    elif way == "sequential":  # as enable_sequential_cpu_offload does
+        accelerate.cpu_offload(pipe.vae, here)
+    else:
+        pipe.unet.enable_group_offload(here, here, "leaf_level")
     with pytest.raises(FewstepError, match="remove_all_hooks"):
         guide(pipe, DARK).__enter__()
+
+
+def test_a_text_encoder_may_leave_the_device(pipeline: Any) -> None:
+    accelerate = pytest.importorskip("accelerate")
+    pipe = pipeline("sd")
+    accelerate.cpu_offload_with_hook(pipe.text_encoder, torch.device("cpu"))
+    with guide(pipe, DARK) as guided:
+        run(pipe, "sd", steps=2)
+    assert guided.trace.displacement.max() > 0
 
 
 def test_pure_noise_of_a_flow_has_no_score(pipeline: Any) -> None:
