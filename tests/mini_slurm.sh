@@ -73,7 +73,14 @@ start() {
   wait_until 30 both_idle
 }
 
+no_jobs() {
+  [ -z "$(squeue -h)" ]
+}
+
 stop() {
+  # A job that still ends would be left behind by the daemons, with its processes.
+  squeue -h -o %A | xargs -r scancel || true
+  wait_until 20 no_jobs || true
   for daemon in virtual1 virtual2 slurmctld; do
     if [ -f "$home/$daemon.pid" ]; then kill "$(cat "$home/$daemon.pid")" || true; fi
   done
